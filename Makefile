@@ -1,0 +1,43 @@
+# Every target works on a fresh machine: it makes the virtual environment first. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+MODEL ?= runs/tiny_arith
+SUITE ?= tiny
+WIDTHS ?= 1,2,4,8
+SAMPLES ?= 8
+
+.PHONY: setup demo test test-slow lint eval bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,serve,dev]'
+	touch $@
+
+demo: $(READY)  ## warm-up, RLVR and evaluation of the embedded model, about 7 minutes on two cores
+	$(BIN)/bridge-rl demo
+
+test: $(READY)  ## everything but the slow tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+eval: $(READY)  ## make eval MODEL=runs/tiny_arith SUITE=tiny WIDTHS=1,2,4,8 SAMPLES=8
+	$(BIN)/bridge-rl eval --model $(MODEL) --suite $(SUITE) --widths $(WIDTHS) --samples $(SAMPLES)
+
+bench: $(READY)  ## the figures in benchmarks/results
+	$(BIN)/python benchmarks/block_cost.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,121 @@
+"""The Bridge block (arXiv 2510.01143) and its parameter-matched control, in pure torch.
+
+Shapes: G groups, N width, B = G*N rows, T tokens, D model, H heads, K head size.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bridge_rl.errors import UserError
+from bridge_rl.group import merge_rows, split_rows
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """What is added to a model.
+
+    kind: `bridge`, or `pmatch`, an MLP of as many parameters in the same slot (the paper's control P-Match).
+    num_heads, head_dim: the inner width is num_heads * head_dim.
+    layers: `all`, or the indices of the decoder layers that carry a block.
+    """
+
+    kind: Literal["bridge", "pmatch"] = "bridge"
+    num_heads: int = 8
+    head_dim: int = 64
+    layers: Literal["all"] | list[int] = "all"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bridge", "pmatch"):
+            raise UserError(f"bridge.kind is {self.kind!r}: use 'bridge' or 'pmatch'.")
+        if self.num_heads < 1 or self.head_dim < 1:
+            raise UserError(
+                f"bridge.num_heads is {self.num_heads} and bridge.head_dim is {self.head_dim}: both must be at least 1."
+            )
+        if self.layers != "all" and not self.layers:
+            raise UserError("bridge.layers is empty: use 'all' or name at least one layer.")
+
+    @property
+    def inner_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class BridgeBlock(nn.Module):
+    """`x + W_O Attention(norm(x))` over the rows of a group, at each token step on its own (paper, section 3).
+
+    Every row that is alive at column t attends to the alive rows of its group at column t: no positions, no causal
+    mask, no cache. W_O starts at zero, so that a new block is the identity to the last bit (the paper states the zero
+    start, not the means). At width 1 a trained block adds W_O W_V norm(x): it is not the identity.
+
+    The block computes in the dtype of its own weights, whatever the dtype of `x`: a frozen bf16 base can carry a
+    trainable fp32 block.
+    """
+
+    def __init__(self, hidden_size: int, config: BridgeConfig, eps: float = 1e-6, **factory: Any) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.norm = nn.RMSNorm(hidden_size, eps=eps, **factory)
+        self.q_proj = nn.Linear(hidden_size, config.inner_width, bias=False, **factory)
+        self.k_proj = nn.Linear(hidden_size, config.inner_width, bias=False, **factory)
+        self.v_proj = nn.Linear(hidden_size, config.inner_width, bias=False, **factory)
+        self.o_proj = nn.Linear(config.inner_width, hidden_size, bias=False, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Queries, keys and values of unit variance on a normed input; zero output."""
+        std = self.q_proj.in_features**-0.5
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(projection.weight, std=std)
+        nn.init.zeros_(self.o_proj.weight)
+        nn.init.ones_(self.norm.weight)
+
+    def forward(self, x: Tensor, alive: Tensor | None = None) -> Tensor:
+        """`x` [B, T, D] -> [B, T, D]. `alive` bool [G, N, T]; None: every row is a group of its own."""
+        if alive is None:
+            alive = x.new_ones(x.shape[0], 1, x.shape[1], dtype=torch.bool)
+        y = self.norm(x.to(self.norm.weight.dtype))
+        q, k, v = (self._heads(projection(y), alive.shape[1]) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # [G, T, H, N, N]
+        # A row that is not alive sees itself, so that its unused output stays finite.
+        itself = torch.eye(alive.shape[1], dtype=torch.bool, device=x.device)
+        visible = alive.permute(0, 2, 1)[:, :, None, None, :] | itself
+        weights = scores.float().masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        mixed = weights.to(v.dtype) @ v  # [G, T, H, N, K]
+        mixed = merge_rows(mixed.permute(0, 3, 1, 2, 4)).flatten(-2)  # [B, T, H*K]
+        return x + self.o_proj(mixed).to(x.dtype)
+
+    def _heads(self, y: Tensor, width: int) -> Tensor:
+        """[B, T, H*K] -> [G, T, H, N, K]."""
+        return split_rows(y.unflatten(-1, (self.num_heads, self.head_dim)), width).permute(0, 2, 3, 1, 4)
+
+
+class MatchedMLP(nn.Module):
+    """`x + W_2 silu(W_1 norm(x))`: as many parameters as the block, in the same slot, with the same zero start.
+
+    Rows do not see each other. The hidden size is twice the block's inner width: 2*D*2W = 4*D*W, an exact match.
+    """
+
+    def __init__(self, hidden_size: int, config: BridgeConfig, eps: float = 1e-6, **factory: Any) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size, eps=eps, **factory)
+        self.up_proj = nn.Linear(hidden_size, 2 * config.inner_width, bias=False, **factory)
+        self.down_proj = nn.Linear(2 * config.inner_width, hidden_size, bias=False, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.up_proj.weight, std=self.up_proj.in_features**-0.5)
+        nn.init.zeros_(self.down_proj.weight)
+        nn.init.ones_(self.norm.weight)
+
+    def forward(self, x: Tensor, alive: Tensor | None = None) -> Tensor:
+        """`x` [B, T, D] -> [B, T, D]. `alive` is not used."""
+        y = self.norm(x.to(self.norm.weight.dtype))
+        return x + self.down_proj(nn.functional.silu(self.up_proj(y))).to(x.dtype)
+
+
+BLOCKS: dict[str, type[BridgeBlock] | type[MatchedMLP]] = {"bridge": BridgeBlock, "pmatch": MatchedMLP}

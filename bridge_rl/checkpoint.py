@@ -1,0 +1,157 @@
+"""Save and load models with a Bridge.
+
+Three kinds of directory, told apart by their files; each has `bridge_config.json`:
+- Bridge only: `bridge.safetensors`, to be put into the base it was trained on (checked by a fingerprint);
+- full: a Hugging Face checkpoint whose weights include the blocks (a plain `AutoModelForCausalLM` load drops them);
+- adapter: a PEFT adapter whose `modules_to_save` are the blocks.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bridge_rl.block import BridgeConfig
+from bridge_rl.errors import UserError
+from bridge_rl.fingerprint import fingerprint
+from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state
+
+CONFIG_FILE = "bridge_config.json"
+WEIGHTS_FILE = "bridge.safetensors"
+
+CARD = """---
+library_name: bridge-rl
+tags: [bridge, grpo]
+---
+# {title}
+
+This checkpoint carries Bridge blocks (arXiv 2510.01143): attention across the samples drawn for one prompt.
+
+**Load it with bridge-rl. `AutoModelForCausalLM.from_pretrained` silently drops the blocks** (it only reports
+unexpected keys), and what is left is not the model that was trained.
+
+```python
+import bridge_rl as br
+
+model = br.load_bridge("{path}")
+groups = br.generate_groups(model, [prompt_ids], width=4, params=br.SamplingParams(max_new_tokens=1024))
+```
+"""
+
+
+def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = False) -> None:
+    """Write the blocks and their configuration; with `merged`, the whole model.
+
+    Raises ValueError for a Bridge-only save of a model whose base was trained after the Bridge was attached.
+    """
+    directory = Path(directory)
+    state = find_state(model)
+    if not merged and fingerprint(model) != state.fingerprint:
+        raise UserError(
+            "The base weights have changed since the Bridge was attached, so the Bridge alone is not the model: "
+            "use save_bridge(..., merged=True)."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    if merged:
+        model.save_pretrained(directory)
+        (directory / "README.md").write_text(CARD.format(title=directory.name, path=directory.name))
+    else:
+        save_blocks({name: parameter.detach() for name, parameter in bridge_parameters(model)}, directory)
+    write_config(model, directory)
+
+
+def save_blocks(state_dict: dict[str, Tensor], directory: Path) -> None:
+    """Write the blocks among `state_dict` to `bridge.safetensors`."""
+    blocks = {name: tensor.cpu().contiguous() for name, tensor in state_dict.items() if ".bridge." in name}
+    save_file(blocks, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def write_config(model: nn.Module, directory: Path) -> None:
+    """Write `bridge_config.json`."""
+    state = find_state(model)
+    content = {"bridge": state.config.to_dict(), "base": state.base_name, "base_fingerprint": state.fingerprint}
+    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def is_bridge_checkpoint(directory: str | Path) -> bool:
+    """Whether `load_bridge` can read the directory."""
+    return (Path(directory) / CONFIG_FILE).is_file()
+
+
+def load_bridge(
+    directory: str | Path, base_model: str | PreTrainedModel | None = None, **from_pretrained_kwargs: Any
+) -> PreTrainedModel:
+    """Load a model with its Bridge from any of the three kinds of directory.
+
+    `base_model`: path, hub id or model to put the blocks into; by default the base named in the checkpoint.
+    Raises ValueError for a directory without a Bridge, a wrong base or damaged weights.
+    """
+    directory = Path(directory)
+    if not is_bridge_checkpoint(directory):
+        raise UserError(f"{directory} holds no Bridge: there is no {CONFIG_FILE} in it.")
+    content = read_config(directory)
+    config = BridgeConfig(**content["bridge"])
+    is_adapter = (directory / "adapter_config.json").is_file()
+    if not is_adapter and not (directory / WEIGHTS_FILE).is_file():
+        model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
+        return load_blocks(attach_bridge(model, config), _read_shards(directory), directory)
+
+    base = base_model or content["base"]
+    if isinstance(base, str):
+        base = AutoModelForCausalLM.from_pretrained(base, **from_pretrained_kwargs)
+    found = fingerprint(base)
+    if found != content["base_fingerprint"]:
+        raise UserError(
+            f"{directory} was trained on another base ({content['base']}, fingerprint {content['base_fingerprint']}, "
+            f"found {found}): pass the right one as base_model."
+        )
+    model = attach_bridge(base, config)
+    if is_adapter:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, directory)
+    return load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of `bridge_config.json`. Raises ValueError if it cannot be read."""
+    try:
+        content = json.loads((directory / CONFIG_FILE).read_text())
+        content["bridge"], content["base"], content["base_fingerprint"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / CONFIG_FILE} is damaged ({error}): restore the checkpoint.") from error
+    return content
+
+
+def read_blocks(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore the checkpoint.") from error
+
+
+def _read_shards(directory: Path) -> dict[str, Tensor]:
+    """The blocks in a full checkpoint, which may be sharded."""
+    tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= {name: tensor for name, tensor in read_blocks(path).items() if ".bridge." in name}
+    return tensors
+
+
+def load_blocks(model: PreTrainedModel, tensors: dict[str, Tensor], source: Path) -> PreTrainedModel:
+    """Copy `tensors` into the model's blocks. Raises ValueError unless they fit one to one."""
+    own = dict(bridge_parameters(model))
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    misshapen = sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape)
+    for what, names in (("lacks", missing), ("has unknown", unexpected), ("has another shape for", misshapen)):
+        if names:
+            raise UserError(f"{source} {what} {names[0]} ({len(names)} in all): it does not fit this Bridge.")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    return model

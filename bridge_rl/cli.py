@@ -1,0 +1,107 @@
+"""`bridge-rl`: train | warmup | eval | generate | demo | doctor. A user's mistake ends in one sentence and exit code 2."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bridge_rl.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command line."""
+    parser = argparse.ArgumentParser(prog="bridge-rl", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, description in (("train", "a whole run from a recipe"), ("warmup", "only its warm-up")):
+        add_recipe_arguments(commands.add_parser(name, help=description))
+    evaluate = commands.add_parser("eval", help="sample a suite at several widths")
+    evaluate.add_argument("--model", required=True, help="checkpoint with a Bridge, or any causal LM")
+    evaluate.add_argument("--suite", default="tiny", help="tiny, or a .jsonl/.parquet file with problem and answer")
+    evaluate.add_argument("--widths", default="1,2,4,8", help="widths, such as 1,2,4,8")
+    evaluate.add_argument("--samples", type=int, default=8, help="completions a problem at each width")
+    evaluate.add_argument("--problems", type=int, default=256, help="at most so many problems")
+    evaluate.add_argument("--max-new-tokens", type=int, default=None)
+    evaluate.add_argument("--temperature", type=float, default=1.0)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--output", type=Path, default=None, help="default: MODEL/eval")
+    generate = commands.add_parser("generate", help="one group of completions for a prompt")
+    generate.add_argument("--model", required=True)
+    generate.add_argument("--width", type=int, default=4)
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("prompt")
+    demo = commands.add_parser("demo", help="warm-up, RLVR and evaluation of the embedded model")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+    commands.add_parser("doctor", help="what is installed and what this machine can do")
+    args = parser.parse_args(argv)
+    run_command(lambda: dispatch(args))
+
+
+def dispatch(args: argparse.Namespace) -> None:
+    if args.command in ("train", "warmup"):
+        run_recipe(args)
+    elif args.command == "eval":
+        from bridge_rl.evaluation.command import evaluate
+
+        evaluate(args)
+    elif args.command == "generate":
+        from bridge_rl.evaluation.command import generate
+
+        generate(args)
+    elif args.command == "demo":
+        from bridge_rl.demo import demo
+
+        demo(args.output)
+    else:
+        from bridge_rl.doctor import doctor
+
+        doctor()
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="YAML recipe")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as rollout.width=8")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop: no weights loaded")
+
+
+def run_recipe(args: argparse.Namespace) -> None:
+    """Plan the recipe; then, unless `--dry-run`, its warm-up or the whole run."""
+    from bridge_rl.config import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from bridge_rl.plan import check, describe, make_plan, print_resolved
+
+    if args.dry_run:
+        plan = make_plan(recipe)
+        print_resolved(recipe, plan)
+        if plan.conflicts:
+            raise UserError(f"{args.recipe}: {len(plan.conflicts)} conflict(s), the first: {plan.conflicts[0]}")
+        return
+    plan = check(recipe)
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(recipe, plan), flush=True)
+    from bridge_rl.run import train, warm_up
+
+    if args.command == "warmup":
+        warm_up(recipe)
+    else:
+        train(recipe)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run `command`; turn a user's mistake into one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func`, on which the trainer is built
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

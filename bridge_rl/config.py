@@ -1,0 +1,334 @@
+"""A recipe: typed YAML plus `key=value` overrides. Unknown keys and wrong types fail with one sentence.
+
+A recipe may begin with `extends: other.yaml` (relative to itself): its own keys are then laid over the other's.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from bridge_rl.block import BridgeConfig
+from bridge_rl.errors import UserError
+
+STRICT: dict[str, Any] = {"extra": "forbid"}
+
+
+@dataclass
+class ModelSection:
+    """The base model, or a checkpoint with a Bridge to go on from.
+
+    path: hub id, directory, or `package://NAME/PATH` inside an installed Python package.
+    gguf_file: a GGUF file at `path`, loaded dequantized.
+    dtype: of the base weights (`float32`, `bfloat16`). Weights that are trained are kept in float32 either way.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    __pydantic_config__: ClassVar = STRICT
+
+
+@dataclass
+class DataSource:
+    """Problems with verifiable answers.
+
+    path: hub id, a `.jsonl` or `.parquet` file, or `package.module:function`, which is called with `kwargs` and
+        returns rows.
+    answer_pattern: a regular expression whose first group is the answer (GSM8K: `#### (.+)`); None: the whole column.
+    check_answers: refuse rows whose answer math-verify cannot read. Off for tasks with a checker of their own.
+    size: use at most the first so many rows, after shuffling by the recipe's seed if `shuffle`.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    answer_pattern: str | None = None
+    check_answers: bool = True
+    size: int | None = None
+    shuffle: bool = False
+    __pydantic_config__: ClassVar = STRICT
+
+
+@dataclass
+class DataSection:
+    """Training problems, problems held out for evaluation, and how a problem becomes a prompt."""
+
+    train: DataSource
+    eval: DataSource | None = None
+    system_prompt: str | None = None
+    prompt: str = "{problem}"
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if "{problem}" not in self.prompt:
+            raise UserError("data.prompt has no '{problem}' in it: say where the problem goes.")
+
+
+@dataclass
+class RolloutSection:
+    """Sampling in training.
+
+    width: rows that think together (w). num_generations: completions of a prompt that share one baseline (G), a
+    multiple of the width. mask_truncated: completions cut at the limit stay visible to their siblings and out of the
+    loss. max_rows: rows sampled at once, by default all of a rank's.
+    """
+
+    width: int = 4
+    num_generations: int = 8
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    mask_truncated: bool = False
+    max_rows: int | None = None
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UserError(f"rollout.width is {self.width}: it must be at least 1.")
+        if self.num_generations < 2 or self.num_generations % self.width != 0:
+            raise UserError(
+                f"rollout.num_generations is {self.num_generations} and rollout.width {self.width}: "
+                "num_generations must be a multiple of the width, and at least 2."
+            )
+        if self.max_new_tokens < 1:
+            raise UserError(f"rollout.max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
+        if self.temperature <= 0:
+            raise UserError(f"rollout.temperature is {self.temperature}: training must sample, so set it above 0.")
+        if self.top_p != 1.0 or self.top_k != 0:
+            raise UserError(
+                f"rollout.top_p is {self.top_p} and rollout.top_k {self.top_k}: the training log-probs know the "
+                "temperature only, so set top_p=1.0 and top_k=0."
+            )
+
+
+@dataclass
+class RewardSection:
+    """One reward: `rewards/answer.py:correct` or `package.module:function`, fixed keyword arguments, and its weight.
+
+    The first reward of a recipe also says which completions count as right in metrics and in the warm-up: above 0.5.
+    """
+
+    function: str
+    weight: float = 1.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    __pydantic_config__: ClassVar = STRICT
+
+
+@dataclass
+class LoraSection:
+    """PEFT's LoRA on the base, the blocks trained in full beside it."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    __pydantic_config__: ClassVar = STRICT
+
+
+@dataclass
+class WarmupSection:
+    """SFT of the new parameters on right completions of the base (paper, section 4).
+
+    data: problems to sample; None: the training problems. samples: completions a problem; a problem is used if at least
+    `min_right` of them are right. mixed: beyond the paper, groups hold wrong completions too, with the loss on the
+    right rows only. groups_per_step: per rank. path: where the completions are written, and taken from if they exist.
+    """
+
+    problems: int = 512
+    samples: int = 8
+    min_right: int = 2
+    mixed: bool = False
+    steps: int = 100
+    groups_per_step: int = 16
+    learning_rate: float = 1e-3
+    max_new_tokens: int | None = None
+    data: DataSource | None = None
+    path: str | None = None
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_right <= self.samples:
+            raise UserError(
+                f"warmup.min_right is {self.min_right} and warmup.samples {self.samples}: min_right must be between 2 "
+                "and samples."
+            )
+        if min(self.problems, self.steps, self.groups_per_step) < 1:
+            raise UserError("warmup.problems, warmup.steps and warmup.groups_per_step must be at least 1.")
+
+
+@dataclass
+class EvaluationSection:
+    """Sampling the held-out problems at several widths, in the loop and at the end.
+
+    samples: completions a problem at each width, in samples / width groups (at least one), so that widths cost the same.
+    every: training steps between evaluations, None: at the end only.
+    """
+
+    widths: list[int] = field(default_factory=lambda: [1, 4])
+    problems: int = 128
+    samples: int = 8
+    every: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    max_rows: int | None = 512
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise UserError(f"evaluation.widths is {self.widths}: name at least one width, each at least 1.")
+
+
+@dataclass
+class LoggingSection:
+    """Weights & Biases: `off`, `offline` or `online`. Without a key `online` goes offline and says so."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "bridge-rl"
+    name: str | None = None
+    __pydantic_config__: ClassVar = STRICT
+
+
+@dataclass
+class LaunchSection:
+    """What the recipe is planned for; a run on other hardware is refused until this says so.
+
+    num_processes: None accepts any. gpu_memory_gb: for the estimate of the plan. zero_stage: for the estimate when
+    the launcher has not configured DeepSpeed.
+    """
+
+    num_processes: int | None = None
+    gpu_memory_gb: float | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    __pydantic_config__: ClassVar = STRICT
+
+
+@dataclass
+class Recipe:
+    """A whole run. `training` holds fields of TRL's GRPOConfig under their own names."""
+
+    model: ModelSection
+    data: DataSection
+    rewards: list[RewardSection]
+    output_dir: str
+    bridge: BridgeConfig | None = field(default_factory=BridgeConfig)
+    train: Literal["bridge", "lora", "full"] = "bridge"
+    lora: LoraSection = field(default_factory=LoraSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    warmup: WarmupSection | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+    launch: LaunchSection = field(default_factory=LaunchSection)
+    seed: int = 0
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise UserError("rewards is empty: name at least one function, such as rewards/answer.py:correct.")
+        if self.bridge is None and self.train == "bridge":
+            raise UserError("train is 'bridge' but bridge is null: set train=full or train=lora for a run without it.")
+        if self.bridge is None and self.warmup is not None:
+            # The warm-up trains the new parameters only; a run without any has none to warm up.
+            self.warmup = None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, lay `key=value` overrides over it (dots go into sections) and check it.
+
+    Raises UserError naming the file and the key.
+    """
+    path = Path(path)
+    content = _read_yaml(path)
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return TypeAdapter(Recipe).validate_python(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error.errors()[0])}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        raise UserError(f"There is no recipe {path}" + (f": did you mean {path.parent / near[0]}?" if near else "."))
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is empty or no mapping: a recipe has keys such as model, data and rewards.")
+    base = content.pop("extends", None)
+    return content if base is None else _merge(_read_yaml(path.parent / base), content)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"The argument '{override}' is not key=value, such as rollout.width=8.")
+    *sections, last = key.removeprefix("--").split(".")
+    for section in sections:
+        if content.get(section) is None:
+            content[section] = {}
+        if not isinstance(content[section], dict):
+            raise UserError(f"The argument '{override}' goes into '{section}', which is not a section.")
+        content = content[section]
+    content[last] = yaml.safe_load(value)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """One sentence for the first thing pydantic found wrong."""
+    # Tags such as "function-after[...]" or a dataclass name come between a union and its members.
+    keys = [str(part) for part in error["loc"] if not str(part)[:1].isupper() and "[" not in str(part)]
+    key = ".".join(keys)
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key '{key}'{nearest(keys[-1], _known_keys(keys[:-1]))}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"the key '{key}' is missing."
+    return f"the key '{key}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """`: did you mean 'x'?` for an unknown key, or the known ones where none is near."""
+    near = difflib.get_close_matches(key, known, 1)
+    return f": did you mean '{near[0]}'?" if near else f": known are {', '.join(known)}."
+
+
+def _known_keys(sections: list[str]) -> list[str]:
+    """Keys of the (nested) section, from the schema."""
+    schema = TypeAdapter(Recipe).json_schema()
+    node = schema
+    for section in sections:
+        node = node["items"] if section.isdigit() else node["properties"][section]
+        for option in node.get("anyOf", []):
+            node = option if "$ref" in option or option.get("type") == "array" else node
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return sorted(node["properties"])

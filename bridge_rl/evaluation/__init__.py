@@ -1,0 +1,1 @@
+"""Evaluation of sets of answers."""

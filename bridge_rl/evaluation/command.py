@@ -1,0 +1,114 @@
+"""`bridge-rl eval` and `bridge-rl generate`."""
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bridge_rl.checkpoint import is_bridge_checkpoint, read_config
+from bridge_rl.config import DataSection, DataSource, EvaluationSection, ModelSection, RewardSection
+from bridge_rl.data import load_problems, make_prompts, prompt_tokens
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.run import aggregate, as_table, eos_ids, num_completions, sample_groups, write_results
+from bridge_rl.models import load_model, load_reward, load_tokenizer, resolve_path
+from bridge_rl.report.plots import plot_widths
+from bridge_rl.report.progress import Bar
+from bridge_rl.rollout import SamplingParams, generate_groups
+
+# The suite that ships with the project; any other is a file of problems whose answers math-verify reads.
+TINY = DataSource("bridge_rl.tiny.task:dataset", kwargs={"seed": 11, "size": 512}, check_answers=False)
+TINY_REWARD = RewardSection("rewards/two_tries.py:correct")
+MATH_REWARD = RewardSection("rewards/answer.py:correct")
+TINY_MAX_NEW_TOKENS = 32
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Sample a suite at several widths; print a table; write samples, results and a plot."""
+    state = PartialState()
+    tiny = args.suite == "tiny"
+    source = TINY if tiny else DataSource(args.suite)
+    section = EvaluationSection(
+        widths=parse_widths(args.widths),
+        problems=args.problems,
+        samples=args.samples,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens or (TINY_MAX_NEW_TOKENS if tiny else DEFAULT_MAX_NEW_TOKENS),
+    )
+    model, tokenizer = load_for_sampling(args.model)
+    problems = load_problems(source, "--suite", args.seed)[: section.problems]
+    data = DataSection(train=source)
+    rows = make_prompts(problems, data, conversational=tokenizer.chat_template is not None).to_list()
+    reward = load_reward(TINY_REWARD if tiny else MATH_REWARD, 0)
+    with Bar("evaluation", num_completions(section, len(rows)) // state.num_processes) as bar:
+        mine = sample_groups(
+            model,
+            tokenizer,
+            rows,
+            reward,
+            section,
+            DEFAULT_MAX_NEW_TOKENS,
+            args.seed,
+            state.process_index,
+            state.num_processes,
+            bar.update,
+        )
+        groups = gather_object(list(mine))
+    if not state.is_main_process:
+        return
+    reports = aggregate(groups)
+    directory = args.output or output_directory(args.model)
+    meta = {
+        "model": args.model,
+        "suite": args.suite,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+    }
+    write_results(directory, groups, reports, meta)
+    plot_widths({Path(args.model).name: reports}, directory / "widths.png")
+    print(as_table(reports))
+    print(f"samples, results and plot are in {directory}")
+
+
+def output_directory(model: str) -> Path:
+    """Beside a local checkpoint; for a hub id, under runs/."""
+    return (Path(model) if Path(model).is_dir() else Path("runs") / Path(model).name) / "eval"
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Print one group of completions for a prompt."""
+    model, tokenizer = load_for_sampling(args.model)
+    prompt: Any = args.prompt
+    if tokenizer.chat_template is not None:
+        prompt = [{"role": "user", "content": args.prompt}]
+    params = SamplingParams(
+        args.max_new_tokens, args.temperature, seed=args.seed, eos_token_id=eos_ids(model, tokenizer)
+    )
+    [group] = generate_groups(model, prompt_tokens(tokenizer, [prompt]), args.width, params)
+    for number, (tokens, reason) in enumerate(zip(group.tokens, group.finish_reasons, strict=True)):
+        print(f"--- row {number} ({len(tokens)} tokens, {reason})")
+        print(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def parse_widths(text: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4]. Raises UserError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--widths is '{text}': write numbers with commas between, such as 1,2,4,8.") from error
+
+
+def load_for_sampling(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer; a Bridge checkpoint without a tokenizer takes its base's."""
+    section = ModelSection(path, dtype="bfloat16" if torch.cuda.is_available() else "float32")
+    model = load_model(section).to(PartialState().device)
+    directory = Path(resolve_path(path))
+    if is_bridge_checkpoint(directory) and not (directory / "tokenizer_config.json").is_file():
+        section = ModelSection(read_config(directory)["base"])
+    return model.eval(), load_tokenizer(section)

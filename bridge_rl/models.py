@@ -1,0 +1,140 @@
+"""Load what a recipe names: the model with its Bridge, its tokenizer, its rewards."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial, update_wrapper
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bridge_rl.checkpoint import is_bridge_checkpoint, load_bridge, read_config
+from bridge_rl.config import ModelSection, Recipe, RewardSection
+from bridge_rl.data import import_function
+from bridge_rl.errors import UserError
+from bridge_rl.surgery import attach_bridge, bridge_parameters, has_bridge
+
+PACKAGE = "package://"
+
+
+def resolve_path(path: str) -> str:
+    """`package://NAME/PATH` -> the directory in the installed package; anything else unchanged."""
+    if not path.startswith(PACKAGE):
+        return path
+    package, _, inner = path.removeprefix(PACKAGE).partition("/")
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"model.path: the package {package} is not installed: pip install {package.replace('_', '-')}")
+    return str(files(package) / inner) if inner else str(files(package))
+
+
+def _load_options(section: ModelSection) -> dict[str, Any]:
+    options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    if section.gguf_file is not None:
+        options["gguf_file"] = section.gguf_file
+    return {key: value for key, value in options.items() if value}
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left."""
+    path = resolve_path(section.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **_load_options(section))
+    except (OSError, ValueError) as error:
+        raise _cannot_load(section, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def model_config(section: ModelSection) -> Any:
+    """The model's configuration, without its weights."""
+    path = resolve_path(section.path)
+    if is_bridge_checkpoint(path) and not (Path(path) / "config.json").is_file():
+        path = read_config(Path(path))["base"]
+    try:
+        return AutoConfig.from_pretrained(path, **_load_options(section))
+    except (OSError, ValueError) as error:
+        raise _cannot_load(section, error) from error
+
+
+def load_model(section: ModelSection) -> PreTrainedModel:
+    """The base model, or the model with its Bridge if `path` is such a checkpoint."""
+    path = resolve_path(section.path)
+    options = _load_options(section) | {"dtype": getattr(torch, section.dtype)}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    if section.gguf_file is not None:
+        from transformers import GgufConfig
+
+        # A default load stays marked as quantized, and such a model can neither be trained nor saved.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        if is_bridge_checkpoint(path):
+            return load_bridge(path, **options)
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _cannot_load(section, error) from error
+
+
+def _cannot_load(section: ModelSection, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"model.path: {section.path} cannot be loaded ({reason}): check the name, or fetch it where there is a "
+        f"network: huggingface-cli download {section.path}"
+    )
+
+
+def load_policy(recipe: Recipe) -> PreTrainedModel:
+    """The model that a recipe trains: with its Bridge attached (zero-started from the recipe's seed) or loaded.
+
+    Weights that are trained are kept in float32: AdamW's small steps vanish in bfloat16.
+    """
+    model = load_model(recipe.model)
+    if has_bridge(model) and recipe.bridge is None:
+        raise UserError(f"model.path: {recipe.model.path} carries a Bridge but bridge is null: leave bridge out.")
+    if recipe.bridge is not None and not has_bridge(model):
+        torch.manual_seed(recipe.seed)
+        attach_bridge(model, recipe.bridge)
+    if recipe.train == "full":
+        model.float()
+    elif has_bridge(model):
+        for _, parameter in bridge_parameters(model):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def load_reward(section: RewardSection, number: int) -> Callable[..., list[float]]:
+    """The reward function that a recipe names, its fixed keyword arguments bound. Raises UserError if there is none."""
+    key = f"rewards.{number}.function"
+    path, _, name = section.function.partition(":")
+    if not name:
+        raise UserError(f"{key}: '{section.function}' names no function: write rewards/answer.py:correct.")
+    if path.endswith(".py"):
+        file = find_file(path)
+        if file is None:
+            raise UserError(f"{key}: there is no file {path}.")
+        # As a module of its own: a file called after a real module must not shadow it.
+        spec = importlib.util.spec_from_file_location(f"bridge_rl_reward_{file.stem}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        function = getattr(module, name, None)
+        if function is None:
+            raise UserError(f"{key}: {path} has no function '{name}'.")
+    else:
+        function = import_function(section.function, key)
+    if not section.kwargs:
+        return function
+    return update_wrapper(partial(function, **section.kwargs), function)
+
+
+def find_file(path: str) -> Path | None:
+    """A file named in a recipe: relative to where the command runs, else to the repository."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (root / path).is_file():
+            return root / path
+    return None

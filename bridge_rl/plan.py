@@ -1,0 +1,245 @@
+"""What a run will do, worked out without weights or network: groups, batches, parameters, memory, conflicts."""
+
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from trl import GRPOConfig
+
+from bridge_rl.config import Recipe
+from bridge_rl.errors import UserError
+from bridge_rl.models import find_file, load_reward, model_config, resolve_path
+from bridge_rl.presets import preset_config
+from bridge_rl.safety import conflicts
+from bridge_rl.surgery import attach_bridge, bridge_parameters
+
+# Fields of GRPOConfig that another section of the recipe decides.
+MANAGED = {
+    "num_generations": "rollout.num_generations",
+    "max_completion_length": "rollout.max_new_tokens",
+    "temperature": "rollout.temperature",
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "report_to": "logging.wandb",
+    "run_name": "logging.name",
+    "eval_strategy": "evaluation.every",
+    "eval_steps": "evaluation.every",
+    "num_generations_eval": "evaluation.widths",
+    "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
+}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batch arithmetic. Rows are completions; a prompt has `num_generations` rows in groups of `width`."""
+
+    num_processes: int
+    rows_per_micro_batch: int
+    micro_batches_per_update: int
+    rows_per_generation: int  # over all ranks
+    prompts_per_generation: int
+    groups_per_rank: int
+    groups_per_micro_batch: int
+    updates_per_generation: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on one GPU. Activations assume that checkpointed layers keep their input only."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    kv_cache: float
+
+    @property
+    def peak(self) -> float:
+        """Sampling and the update do not overlap: the larger of cache and gradients with activations counts."""
+        return self.weights + self.optimizer + max(self.kv_cache, self.gradients + self.activations)
+
+
+@dataclass(frozen=True)
+class Plan:
+    batches: Batches
+    parameters: int
+    new_parameters: int
+    trained_parameters: int
+    memory: Memory
+    conflicts: list[str]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Work out a recipe. Raises UserError for a model that has no configuration or a family that is not served."""
+    config = preset_config(recipe.model.path) or model_config(recipe.model)
+    total, new = count_parameters(config, recipe)
+    trained = {"bridge": new, "lora": new + lora_parameters(config, recipe.lora.r), "full": total}[recipe.train]
+    batches = work_out_batches(recipe)
+    memory = estimate_memory(recipe, config, batches, total, trained)
+    found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
+    found += batch_conflicts(recipe, batches) + file_conflicts(recipe)
+    return Plan(batches, total, new, trained, memory, found)
+
+
+def check(recipe: Recipe) -> Plan:
+    """`make_plan`, or UserError with the first conflict."""
+    plan = make_plan(recipe)
+    if plan.conflicts:
+        more = f" ({len(plan.conflicts)} conflicts in all: --dry-run lists them)" if len(plan.conflicts) > 1 else ""
+        raise UserError(plan.conflicts[0] + more)
+    return plan
+
+
+def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
+    """(all, new) parameters, counted on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if recipe.bridge is not None:
+            attach_bridge(model, recipe.bridge)
+    return model.num_parameters(), sum(p.numel() for _, p in bridge_parameters(model))
+
+
+def lora_parameters(config: PreTrainedConfig, r: int) -> int:
+    """Of LoRA on every linear layer of the base but the head (PEFT's `all-linear`)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return sum(r * (m.in_features + m.out_features) for m in linear)
+
+
+def work_out_batches(recipe: Recipe) -> Batches:
+    training, rollout = recipe.training, recipe.rollout
+    num_processes = int(os.environ.get("WORLD_SIZE", 0)) or recipe.launch.num_processes or 1
+    rows = training.get("per_device_train_batch_size", 8)
+    accumulation = training.get("gradient_accumulation_steps", 1)
+    per_generation = training.get("steps_per_generation") or accumulation
+    if training.get("generation_batch_size"):
+        per_generation = max(1, training["generation_batch_size"] // (rows * num_processes))
+    generated = rows * per_generation * num_processes
+    return Batches(
+        num_processes=num_processes,
+        rows_per_micro_batch=rows,
+        micro_batches_per_update=accumulation,
+        rows_per_generation=generated,
+        prompts_per_generation=generated // rollout.num_generations,
+        groups_per_rank=rows * per_generation // rollout.width,
+        groups_per_micro_batch=rows // rollout.width,
+        updates_per_generation=per_generation * training.get("num_iterations", 1) / accumulation,
+    )
+
+
+def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, trained: int) -> Memory:
+    """Bytes on one GPU, from counts of parameters and tokens (ZeRO paper, section 3; activations by shape)."""
+    shards = batches.num_processes
+    stage = recipe.launch.zero_stage
+    shard_optimizer, shard_gradients, shard_weights = (shards if stage >= s else 1 for s in (1, 2, 3))
+    bytes_per_weight = 2  # bf16 compute copy; float32 masters are counted with the optimizer
+    weights = bytes_per_weight * total / shard_weights
+    gradients = bytes_per_weight * trained / shard_gradients
+    optimizer = (4 + 4 + 4) * trained / shard_optimizer  # float32 master, two moments
+
+    prompt = recipe.training.get("max_prompt_length", 512)
+    tokens = batches.rows_per_micro_batch * (prompt + recipe.rollout.max_new_tokens)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    per_layer = 2 * tokens * hidden
+    one_layer = 2 * tokens * (8 * hidden + 3 * config.intermediate_size)
+    checkpointing = recipe.training.get("gradient_checkpointing", True)
+    activations = layers * per_layer + one_layer if checkpointing else layers * one_layer
+
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    per_token = 2 * 2 * layers * config.num_key_value_heads * head_dim
+    rows = min(recipe.rollout.max_rows or 10**9, batches.groups_per_rank * recipe.rollout.width)
+    kv_cache = per_token * rows * (prompt + recipe.rollout.max_new_tokens)
+    if stage == 3:
+        kv_cache += bytes_per_weight * total  # all parameters are gathered while sampling
+    return Memory(weights, gradients, optimizer, activations, kv_cache)
+
+
+def unknown_options(recipe: Recipe) -> Iterator[str]:
+    """Keys of `training` that GRPOConfig does not have, or that another section decides."""
+    known = {f.name for f in fields(GRPOConfig) if f.init}
+    for key in recipe.training:
+        if key in MANAGED:
+            yield f"training.{key} is decided elsewhere: use {MANAGED[key]}."
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            yield f"unknown key 'training.{key}'" + (f": did you mean '{near[0]}'?" if near else ".")
+
+
+def batch_conflicts(recipe: Recipe, batches: Batches) -> list[str]:
+    found = []
+    if batches.rows_per_generation % recipe.rollout.num_generations != 0:
+        found.append(
+            f"a generation batch of {batches.rows_per_generation} rows (per_device_train_batch_size x "
+            f"gradient_accumulation_steps x {batches.num_processes} processes) is no multiple of "
+            f"rollout.num_generations {recipe.rollout.num_generations}: change training.per_device_train_batch_size."
+        )
+    planned = recipe.launch.num_processes
+    if planned is not None and "WORLD_SIZE" in os.environ and batches.num_processes != planned:
+        found.append(
+            f"launch.num_processes is {planned} but this run has {batches.num_processes}, so an update would see "
+            f"another number of prompts: launch {planned}, or set launch.num_processes={batches.num_processes}."
+        )
+    return found
+
+
+def file_conflicts(recipe: Recipe) -> list[str]:
+    """Files and functions that the recipe names and that are not there."""
+    found = []
+    for number, section in enumerate(recipe.rewards):
+        try:
+            load_reward(section, number)
+        except UserError as error:
+            found.append(str(error))
+    sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    if recipe.warmup is not None:
+        sources["warmup.data"] = recipe.warmup.data
+    for key, source in sources.items():
+        if source is not None and source.path.endswith((".jsonl", ".json", ".parquet")) and not find_file(source.path):
+            found.append(f"{key}.path: there is no file {source.path}.")
+    return found
+
+
+def describe(recipe: Recipe, plan: Plan) -> str:
+    """The plan as text."""
+    b, m = plan.batches, plan.memory
+    bridge = "none" if recipe.bridge is None else (
+        f"{recipe.bridge.kind}, {recipe.bridge.num_heads} heads x {recipe.bridge.head_dim}, "
+        f"layers {recipe.bridge.layers}"
+    )
+    base = plan.parameters - plan.new_parameters
+    budget = recipe.launch.gpu_memory_gb
+    lines = [
+        f"model            {resolve_path(recipe.model.path)}",
+        f"bridge           {bridge}",
+        f"parameters       {base:,} base, {plan.new_parameters:,} new ({plan.new_parameters / base:.2%}), "
+        f"{plan.trained_parameters:,} trained (train={recipe.train})",
+        f"groups           width {recipe.rollout.width}, {recipe.rollout.num_generations} completions a prompt",
+        f"processes        {b.num_processes}, ZeRO stage {recipe.launch.zero_stage}",
+        f"generation batch {b.prompts_per_generation} prompts, {b.rows_per_generation} rows; "
+        f"{b.groups_per_rank} groups a rank; serves {b.updates_per_generation:g} updates",
+        f"micro-batch      {b.groups_per_micro_batch} groups, {b.rows_per_micro_batch} rows a rank; "
+        f"{b.micro_batches_per_update} an update",
+        f"tokens           at most {b.rows_per_generation * recipe.rollout.max_new_tokens:,} sampled a generation batch",
+        f"memory per GPU   about {m.peak / GIB:.1f} GiB" + (f" of {budget:g}" if budget else "")
+        + f" (weights {m.weights / GIB:.1f}, optimizer {m.optimizer / GIB:.1f}, gradients {m.gradients / GIB:.1f}, "
+        f"activations {m.activations / GIB:.1f}, sampling {m.kv_cache / GIB:.1f})",
+        f"output           {recipe.output_dir}",
+    ]
+    notes = [f"conflict: {conflict}" for conflict in plan.conflicts]
+    if budget and m.peak / GIB > budget:
+        notes.append("memory: the estimate is above launch.gpu_memory_gb: lower the micro-batch, lengths or max_rows.")
+    return "\n".join(lines + notes)
+
+
+def print_resolved(recipe: Recipe, plan: Plan) -> None:
+    """What `--dry-run` shows: the resolved recipe, then the plan."""
+    print(yaml.safe_dump(yaml.safe_load(recipe.to_yaml()), sort_keys=False))
+    print(describe(recipe, plan))

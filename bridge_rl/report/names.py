@@ -1,0 +1,27 @@
+"""Every metric name that is ours, in one place; TRL's own keep TRL's names.
+
+In W&B and the trainer's log history training metrics stand as written here; evaluation ones begin with `eval_`.
+"""
+
+ALL_RIGHT = "group/all_right"  # share of groups all of whose rows are right
+ANY_RIGHT = "group/any_right"  # share of groups with a right row: coverage
+ROLLOUT_SECONDS = "rollout/seconds"  # sampling, per generation batch
+ROLLOUT_TOKENS_PER_SECOND = "rollout/tokens_per_second"  # completion tokens of this rank
+ROLLOUT_TRUNCATED = "rollout/truncated"  # share of rows cut at the limit
+RECOMPUTE_KL = "rollout/recompute_kl"  # of the trainer's log-probs from those of sampling; near 0 unless broken
+REWARD_SECONDS = "reward/seconds"  # scoring, per generation batch
+
+TRAIN = (
+    ALL_RIGHT,
+    ANY_RIGHT,
+    ROLLOUT_SECONDS,
+    ROLLOUT_TOKENS_PER_SECOND,
+    ROLLOUT_TRUNCATED,
+    RECOMPUTE_KL,
+    REWARD_SECONDS,
+)
+
+
+def evaluation(metric: str, width: int) -> str:
+    """Name of a metric of `evaluation.metrics.set_metrics` at a width, such as `eval_pass@1/w4`."""
+    return f"eval_{metric}/w{width}"

@@ -1,0 +1,80 @@
+"""Draw tokens so that a group's draws depend on nothing but its seed, its index and the step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge_rl.errors import UserError
+from bridge_rl.group import merge_rows
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn.
+
+    max_new_tokens: limit of each completion, EOS included.
+    temperature: 0 is greedy; log-probs are then those of temperature 1.
+    top_p, top_k: 1.0 and 0 switch them off. They choose tokens; the log-probs are of the full distribution.
+    eos_token_id: one id or several; None: those of the model's generation config.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    eos_token_id: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}: it must not be negative (0 is greedy).")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1.")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}: it must not be negative (0 switches it off).")
+
+
+def group_uniforms(seed: int, indices: Sequence[int], width: int, steps: int) -> Tensor:
+    """Uniform draws [steps, B], fp32. Those of a group depend on `seed` and its index alone."""
+    draws = []
+    for index in indices:
+        state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+        draws.append(torch.rand(steps, width, generator=torch.Generator().manual_seed(state)))
+    return merge_rows(torch.stack(draws).permute(0, 2, 1)).T.contiguous()
+
+
+def scaled_logprobs(logits: Tensor, temperature: float) -> Tensor:
+    """log-softmax in fp32 of `logits` [..., V] over the temperature (1 for greedy)."""
+    return (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """One token a row from `logits` [B, V] by inverting the CDF at `uniforms` [B] -> (tokens [B], log-probs [B])."""
+    logprobs = scaled_logprobs(logits, params.temperature)
+    if params.temperature == 0:
+        tokens = logprobs.argmax(dim=-1)
+    else:
+        cdf = _truncate(logprobs.exp(), params).cumsum(dim=-1)
+        total = cdf[:, -1]
+        # Below the total also after rounding, so that a token of probability 0 is never drawn.
+        target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _truncate(probs: Tensor, params: SamplingParams) -> Tensor:
+    """Zero the probabilities [B, V] outside the top k and the smallest set whose mass reaches top_p."""
+    if 0 < params.top_k < probs.shape[-1]:
+        kth = probs.topk(params.top_k, dim=-1).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0.0)
+    if params.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= params.top_p
+        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+    return probs

@@ -1,0 +1,260 @@
+"""A run from a recipe, read top to bottom: plan, warm-up, model, data, rewards, trainer, train, evaluate."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import ProgressCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig
+
+from bridge_rl.checkpoint import is_bridge_checkpoint, load_blocks, read_blocks, save_bridge, WEIGHTS_FILE
+from bridge_rl.config import DataSource, Recipe
+from bridge_rl.data import load_problems, make_prompts
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.run import SampledGroup, aggregate, num_completions, sample_groups, write_results
+from bridge_rl.models import find_file, load_policy, load_reward, load_tokenizer
+from bridge_rl.report import names
+from bridge_rl.report.progress import Bar, RewardProgress
+from bridge_rl.report.tracking import start_tracking
+from bridge_rl.surgery import has_bridge
+from bridge_rl.trainer import BridgeGRPOTrainer
+from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
+
+
+def train(recipe: Recipe) -> dict[str, float]:
+    """Run the recipe and return the final evaluation's metrics. The plan has been checked by the caller."""
+    prepare_distributed()
+    if recipe.warmup is not None and not is_bridge_checkpoint(warmup_directory(recipe)):
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and PartialState().num_processes > 1:
+            raise UserError(
+                "warmup: the warm-up runs without ZeRO (it trains the new parameters only), so run it first: "
+                "accelerate launch launch/warmup.py with the same recipe and overrides."
+            )
+        warm_up(recipe)
+    args = training_arguments(recipe)
+    start_tracking(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
+    train_set = load_prompts(recipe, recipe.data.train, "data.train", tokenizer)
+    eval_set = load_eval_prompts(recipe, tokenizer)
+    model = load_policy(recipe)
+    if recipe.warmup is not None:
+        directory = warmup_directory(recipe)
+        load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
+
+    trainer = BridgeGRPOTrainer(
+        model,
+        rewards,
+        args,
+        width=recipe.rollout.width,
+        train=recipe.train,
+        mask_truncated=recipe.rollout.mask_truncated,
+        max_rows=recipe.rollout.max_rows,
+        evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, rewards[0]),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe) if recipe.train == "lora" else None,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RewardProgress())
+    if trainer.accelerator.is_main_process:
+        (Path(recipe.output_dir) / "recipe.yaml").write_text(recipe.to_yaml())
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(recipe.output_dir))
+    trainer.save_model(recipe.output_dir)
+    metrics = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        history = Path(recipe.output_dir) / "history.jsonl"
+        history.write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    return metrics
+
+
+def warm_up(recipe: Recipe) -> None:
+    """Make the warm-up's data unless it exists, train the new parameters, and save the Bridge."""
+    assert recipe.warmup is not None
+    prepare_distributed()
+    state = PartialState()
+    section, directory = recipe.warmup, warmup_directory(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    reward = load_reward(recipe.rewards[0], 0)
+    model = load_policy(recipe)
+    model.to(state.device)
+    path = Path(section.path) if section.path else directory / "groups.jsonl"
+    if path.is_file():
+        groups = read_groups(path)
+    else:
+        rows = load_prompts(recipe, section.data or recipe.data.train, "warmup.data", tokenizer).to_list()
+        rows = rows[: section.problems]
+        with Bar("warm-up samples", len(rows) // state.num_processes) as bar:
+            limit = recipe.rollout.max_new_tokens
+            groups = sample_warmup_groups(model, tokenizer, rows, reward, section, limit, recipe.seed, bar.update)
+        if state.is_main_process:
+            write_groups(path, groups)
+    kept = usable(groups, section)
+    if state.is_main_process:
+        share = sum(sum(group.correct) for group in groups) / sum(len(group.correct) for group in groups)
+        print(f"warm-up: {share:.1%} of the base's completions are right; {len(kept)} of {len(groups)} problems used")
+    args = TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        max_steps=section.steps,
+        per_device_train_batch_size=section.groups_per_step,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type="cosine",
+        logging_steps=max(1, section.steps // 20),
+        save_strategy="no",
+        report_to=[],
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        gradient_checkpointing=recipe.training.get("gradient_checkpointing", True),
+        **device_arguments(recipe),
+    )
+    history = train_blocks(model, kept, section, args, [RewardProgress("warm-up")])
+    if state.is_main_process:
+        save_bridge(model, directory)
+        (directory / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    state.wait_for_everyone()
+
+
+def warmup_directory(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir) / "warmup"
+
+
+# -- pieces of a run ------------------------------------------------------------------------------------------------
+
+
+def prepare_distributed() -> None:
+    """On CPU: gloo before anything asks for a backend, and no shared-memory operator that DeepSpeed would compile."""
+    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def device_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Where and in what precision to run: bf16 on a GPU, fp32 on CPU (over gloo with several processes)."""
+    if torch.cuda.is_available():
+        return {"bf16": recipe.training.get("bf16", True)}
+    if recipe.training.get("bf16"):
+        raise UserError("training.bf16 is on, but there is no GPU here: leave it out, CPU runs are in float32.")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        # With use_cpu accelerate would believe in a world of one process.
+        return {"bf16": False, "use_cpu": False, "ddp_backend": "gloo"}
+    return {"bf16": False, "use_cpu": True}
+
+
+def training_arguments(recipe: Recipe) -> GRPOConfig:
+    """TRL's configuration: the recipe's `training` section beside what other sections decide."""
+    rollout, training = recipe.rollout, {key: as_number(value) for key, value in recipe.training.items()}
+    evaluating = recipe.data.eval is not None and recipe.evaluation.every is not None
+    options = {
+        "num_generations": rollout.num_generations,
+        "max_completion_length": rollout.max_new_tokens,
+        "temperature": rollout.temperature,
+        "seed": recipe.seed,
+        "output_dir": recipe.output_dir,
+        "run_name": recipe.logging.name or Path(recipe.output_dir).name,
+        "report_to": ["wandb"] if recipe.logging.wandb != "off" else [],
+        "eval_strategy": "steps" if evaluating else "no",
+        "eval_steps": recipe.evaluation.every if evaluating else None,
+        "per_device_eval_batch_size": rollout.num_generations,  # of TRL's evaluation loop, which ours replaces
+        "num_completions_to_print": 0,
+        "ddp_timeout": int(timedelta(hours=2).total_seconds()),
+        "disable_tqdm": True,  # our own bar shows the reward
+    }
+    try:
+        return GRPOConfig(**{**options, **training, **device_arguments(recipe)})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+def as_number(value: Any) -> Any:
+    """YAML reads `1e-6` as text; TRL would compare that text with numbers."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """LoRA on the base; the blocks are trained in full and kept free of it."""
+    return LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=recipe.lora.target_modules,
+        modules_to_save=["bridge"] if recipe.bridge is not None else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_prompts(recipe: Recipe, source: DataSource, key: str, tokenizer: Any) -> Dataset:
+    problems = load_problems(source, key, recipe.seed)
+    return make_prompts(problems, recipe.data, conversational=tokenizer.chat_template is not None)
+
+
+def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> Dataset | None:
+    """The held-out problems that are evaluated, if the recipe has any."""
+    if recipe.data.eval is None:
+        return None
+    prompts = load_prompts(recipe, recipe.data.eval, "data.eval", tokenizer)
+    return prompts.select(range(min(recipe.evaluation.problems, len(prompts))))
+
+
+def make_evaluator(
+    recipe: Recipe, eval_set: Dataset, tokenizer: Any, reward: Callable[..., list[float]]
+) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
+    """Evaluation at every width of the recipe, shared out over the ranks; rank 0 writes the samples."""
+    from trl.models import unwrap_model_for_generation
+
+    rows = eval_set.to_list()
+
+    def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
+        rank, num_ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        total = num_completions(recipe.evaluation, len(rows)) // num_ranks
+        checkpointing = trainer.args.gradient_checkpointing_kwargs
+        with (
+            Bar("evaluation", total) as bar,
+            unwrap_model_for_generation(
+                trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
+            ) as model,
+        ):
+            limit = recipe.rollout.max_new_tokens
+            mine = list(
+                sample_groups(
+                    model,
+                    tokenizer,
+                    rows,
+                    reward,
+                    recipe.evaluation,
+                    limit,
+                    recipe.seed,
+                    rank,
+                    num_ranks,
+                    bar.update,
+                )
+            )
+        groups: list[SampledGroup] = gather_object(mine)
+        reports = aggregate(groups)
+        if trainer.accelerator.is_main_process:
+            directory = Path(recipe.output_dir) / "evaluation" / f"step_{trainer.state.global_step:06d}"
+            write_results(directory, groups, reports, {"step": trainer.state.global_step, "seed": recipe.seed})
+        return {
+            names.evaluation(metric, report.width): estimate.value
+            for report in reports
+            for metric, estimate in report.metrics.items()
+        }
+
+    return evaluate

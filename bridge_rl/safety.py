@@ -1,0 +1,55 @@
+"""Combinations that would break groups without a sound, refused with the reason and the cure."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bridge_rl.errors import UserError
+
+# (option, value that is safe, reason and cure)
+_UNSAFE: tuple[tuple[str, Any, str], ...] = (
+    ("use_vllm", False, "vLLM samples every row on its own, without its siblings: leave it off, the rollout is ours"),
+    (
+        "use_transformers_continuous_batching",
+        False,
+        "continuous batching gives siblings no common token step: leave it off, the rollout is ours",
+    ),
+    (
+        "mask_truncated_completions",
+        False,
+        "it hides cut rows from their siblings in the loss, which saw them while sampling: set "
+        "rollout.mask_truncated=true instead",
+    ),
+    ("top_p", 1.0, "the training log-probs know the temperature only: set it to 1.0"),
+    ("top_k", 0, "the training log-probs know the temperature only: set it to 0"),
+    ("min_p", None, "the training log-probs know the temperature only: leave it out"),
+    ("repetition_penalty", 1.0, "the training log-probs know the temperature only: set it to 1.0"),
+    ("generation_kwargs", None, "the rollout is ours and does not read them: use the rollout section"),
+    ("use_liger_kernel", False, "it replaces the layers' forward, in which the blocks sit: leave it off"),
+    ("sync_ref_model", False, "the reference is the base itself, which does not move: leave it off"),
+    ("ds3_gather_for_generation", True, "ranks would wait for each other at every token: leave it on"),
+    ("auto_find_batch_size", False, "a smaller batch found at run time may split groups: set the batch size yourself"),
+)
+
+
+def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
+    """One sentence for each of `options` (fields of GRPOConfig, those set) that would break groups of `width`."""
+    for key, safe, reason in _UNSAFE:
+        value = options.get(key, safe)
+        if value != safe and not (safe in (None, False, 0) and not value):
+            yield f"training.{key} is {value!r}: {reason}."
+    accelerator = options.get("accelerator_config") or {}
+    split = accelerator.get("split_batches") if isinstance(accelerator, Mapping) else accelerator.split_batches
+    if split:
+        yield "training.accelerator_config.split_batches is on: it cuts batches inside groups, leave it off."
+    if options.get("fsdp"):
+        yield "training.fsdp is set: rollouts under FSDP are not served yet, use DDP or ZeRO."
+    for key in ("per_device_train_batch_size", "num_generations"):
+        value = options.get(key)
+        if value is not None and value % width != 0:
+            yield f"training.{key} is {value}, which splits groups: make it a multiple of the width {width}."
+
+
+def check_safe(options: Mapping[str, Any], width: int) -> None:
+    """Raise UserError with the first of `conflicts`."""
+    for conflict in conflicts(options, width):
+        raise UserError(conflict)

@@ -1,0 +1,268 @@
+"""GRPO over groups of interdependent rows: TRL's trainer, overridden only where it would break a group.
+
+What is kept whole and how:
+- sampling: `lockstep_rollout`, given to TRL as its `rollout_func`;
+- TRL's row-wise shuffle and split of a generation batch: it sees blocks [groups, width, ...], see
+  `_generate_and_score_completions`, which `_compute_loss` flattens again;
+- everything else (the losses, advantages, ratios, logging) is TRL's own.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
+
+from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
+from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
+from bridge_rl.report import names
+from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.safety import check_safe
+from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
+
+RIGHT = 0.5  # a completion is right when its first reward is above this
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with the order of an epoch fixed by (seed, epoch), so that a resumed run sees the same data."""
+
+    def __init__(self, epoch: Callable[[], float | None], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + int(self.epoch() or 0))
+        return super().__iter__()
+
+
+class BaseReference:
+    """The reference policy of a run that leaves the base frozen: the same module, Bridge and adapter switched off."""
+
+    def __init__(self, trainer: "BridgeGRPOTrainer") -> None:
+        self.trainer = trainer
+
+    def __call__(self, **inputs: Any) -> Any:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with ExitStack() as stack:
+            if has_bridge(model):
+                stack.enter_context(disable_bridge(model))
+            if hasattr(model, "disable_adapter"):  # a PeftModel
+                stack.enter_context(model.disable_adapter())
+            return self.trainer.model(**inputs)
+
+
+class BridgeGRPOTrainer(GRPOTrainer):
+    """GRPO in which the rows of a group attend to each other while they are sampled and trained.
+
+    width: rows that think together, a divisor of `args.num_generations` and of the per-device batch.
+    train: `bridge` freezes everything else; `lora` needs `peft_config`; `full` trains all.
+    mask_truncated: rows cut at the limit stay visible to siblings and out of the loss.
+    evaluator: called by `evaluate` with the trainer, returns metrics; None: no evaluation.
+    With beta > 0 the reference is the base without Bridge: the module itself with both switched off, or, with
+    `train="full"`, a second copy of the base that TRL loads.
+    Raises UserError for options that would break groups.
+    """
+
+    _tag_names = ["trl", "grpo", "bridge"]
+    _name = "Bridge GRPO"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: list[Callable[..., list[float]]],
+        args: GRPOConfig,
+        *,
+        width: int,
+        train: Literal["bridge", "lora", "full"] = "bridge",
+        mask_truncated: bool = False,
+        max_rows: int | None = None,
+        evaluator: Callable[["BridgeGRPOTrainer"], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_safe(vars(args), width)
+        self.width = width
+        self.train_mode = train
+        self.mask_truncated = mask_truncated
+        self.max_rows = max_rows
+        self.evaluator = evaluator
+        self._sampled_logps: Tensor | None = None
+        if has_bridge(model):
+            find_state(model).width = width
+        if train == "bridge":
+            freeze_base(model)
+            if args.gradient_checkpointing:
+                # Reentrant checkpoints give no gradient to the first block unless their input asks for one.
+                model.enable_input_require_grads()
+        beta, shares_reference = args.beta, args.beta != 0.0 and train != "full"
+        if shares_reference:
+            args.beta = 0.0  # or TRL would load a second model
+        super().__init__(model, reward_funcs, args, rollout_func=lockstep_rollout, **kwargs)
+        if shares_reference:
+            args.beta = self.beta = beta
+            self.ref_model = BaseReference(self)
+
+    # -- whole groups -------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch as blocks [groups, width, ...]: its shuffle and split then act on whole groups."""
+        batch = super()._generate_and_score_completions(inputs)
+        return {key: split_rows(x, self.width) if _is_per_row(x) else x for key, x in batch.items()}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        inputs = {key: merge_rows(x) if _is_per_row(x) else x for key, x in inputs.items()}
+        if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # no update since the sampling
+            self._sampled_logps = inputs["sampling_per_token_logps"]
+            self._sampled_mask = inputs["completion_mask"]
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._sampled_logps is not None:
+            log_ratio = result[0].detach() - self._sampled_logps
+            kl = ((log_ratio.exp() - log_ratio - 1) * self._sampled_mask).sum()
+            total = self.accelerator.reduce(torch.stack([kl, self._sampled_mask.sum()]), reduction="sum")
+            self._log(names.RECOMPUTE_KL, (total[0] / total[1]).item())
+            self._sampled_logps = None
+        return result
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-steps that one generation batch serves."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def rollout_seed(self) -> int:
+        """Of the present generation batch: the same on every rank, and after a resume."""
+        return (self.args.seed << 32) + self._step // self._generate_every
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        start = time.perf_counter()
+        rewards = super()._calculate_rewards(*args)  # [B over all ranks, functions]
+        self._log(names.REWARD_SECONDS, time.perf_counter() - start)
+        right = split_rows(rewards[:, 0] > RIGHT, self.width)
+        self._log(names.ALL_RIGHT, right.all(1).float().mean().item())
+        self._log(names.ANY_RIGHT, right.any(1).float().mean().item())
+        return rewards
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Sample the held-out problems at every width asked for; TRL's loop knows one width and reports a loss."""
+        if self.evaluator is None:
+            return {}
+        training = self.model.training
+        self.model.eval()  # TRL's log would otherwise empty the training metrics into this entry
+        try:
+            metrics = self.evaluator(self)
+            self.log(dict(metrics))
+        finally:
+            self.model.train(training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.train_mode == "bridge":
+            directory.mkdir(parents=True, exist_ok=True)
+            save_blocks(model.state_dict() if state_dict is None else state_dict, directory)
+            self.processing_class.save_pretrained(directory)
+            torch.save(self.args, directory / "training_args.bin")
+        else:
+            super()._save(output_dir, state_dict)
+        if has_bridge(model):
+            write_config(model, directory)
+            (directory / "README.md").write_text(CARD.format(title=directory.name, path=directory))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.train_mode == "bridge":
+            path = Path(resume_from_checkpoint)
+            load_blocks(model or self.model, read_blocks(path / WEIGHTS_FILE), path)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """`_save` writes the card: TRL's quick start is a pipeline, which would drop the Bridge."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(
+            epoch=lambda: self.state.epoch,
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self._generate_every,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        state = {"step": self._step, "buffered_inputs": self._buffered_inputs}
+        torch.save(state, folder / f"rollout_state_{self.args.process_index}.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+
+
+def _is_per_row(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def lockstep_rollout(prompts: list[Any], trainer: BridgeGRPOTrainer) -> dict[str, list[Any]]:
+    """TRL's `rollout_func`: one completion a row for this rank's prompts, which come repeated `num_generations` times.
+
+    Raises ValueError if the rows of a group do not share a prompt.
+    """
+    start = time.perf_counter()
+    prompt_ids = trainer._tokenize_prompts(prompts)[0]
+    per_group = prompts_of_groups(prompt_ids, trainer.width)
+    first = trainer.accelerator.process_index * len(per_group)
+    indices = range(first, first + len(per_group))
+    params = SamplingParams(
+        max_new_tokens=trainer.max_completion_length,
+        temperature=trainer.temperature,
+        seed=trainer.rollout_seed,
+        eos_token_id=trainer.eos_token_ids,
+    )
+    checkpointing = trainer.args.gradient_checkpointing_kwargs
+    with unwrap_model_for_generation(
+        trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
+    ) as model:
+        groups = generate_groups(model, per_group, trainer.width, params, indices, trainer.max_rows)
+
+    seconds = time.perf_counter() - start
+    tokens = [row for group in groups for row in group.tokens]
+    cut = [reason == "length" for group in groups for reason in group.finish_reasons]
+    group_index = repeat_for_rows(indices, trainer.width)
+    trainer._log(names.ROLLOUT_SECONDS, seconds)
+    trainer._log(names.ROLLOUT_TOKENS_PER_SECOND, sum(map(len, tokens)) / seconds)
+    trainer._log(names.ROLLOUT_TRUNCATED, sum(cut) / len(cut))
+    trainer._log_completion_extra("group", group_index)
+    output: dict[str, list[Any]] = {
+        "prompt_ids": prompt_ids,
+        "completion_ids": tokens,
+        "logprobs": [row for group in groups for row in group.logprobs],
+        "group_index": group_index,
+    }
+    if trainer.mask_truncated:
+        output["env_mask"] = [[int(not c)] * len(row) for c, row in zip(cut, tokens, strict=True)]
+    return output
