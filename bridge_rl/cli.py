@@ -1,4 +1,4 @@
-"""`bridge-rl`: train | warmup | eval | generate | demo | doctor. A user's mistake ends in one sentence and exit code 2."""
+"""`bridge-rl`: train | warmup | eval | generate | demo | doctor. A user's mistake: one sentence and exit code 2."""
 
 import argparse
 import os

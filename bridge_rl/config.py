@@ -174,7 +174,7 @@ class WarmupSection:
 class EvaluationSection:
     """Sampling the held-out problems at several widths, in the loop and at the end.
 
-    samples: completions a problem at each width, in samples / width groups (at least one), so that widths cost the same.
+    samples: completions a problem at each width, in samples / width groups (at least one): widths cost the same.
     every: training steps between evaluations, None: at the end only.
     """
 

@@ -119,7 +119,8 @@ def load_reward(section: RewardSection, number: int) -> Callable[..., list[float
             raise UserError(f"{key}: there is no file {path}.")
         # As a module of its own: a file called after a real module must not shadow it.
         spec = importlib.util.spec_from_file_location(f"bridge_rl_reward_{file.stem}", file)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, name, None)

@@ -33,6 +33,7 @@ MANAGED = {
     "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
 }
 GIB = 2**30
+ASSUMED_PROMPT_TOKENS = 512  # the data set is not read for a plan
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, t
     gradients = bytes_per_weight * trained / shard_gradients
     optimizer = (4 + 4 + 4) * trained / shard_optimizer  # float32 master, two moments
 
-    prompt = recipe.training.get("max_prompt_length", 512)
+    prompt = ASSUMED_PROMPT_TOKENS
     tokens = batches.rows_per_micro_batch * (prompt + recipe.rollout.max_new_tokens)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     per_layer = 2 * tokens * hidden
@@ -210,9 +211,13 @@ def file_conflicts(recipe: Recipe) -> list[str]:
 def describe(recipe: Recipe, plan: Plan) -> str:
     """The plan as text."""
     b, m = plan.batches, plan.memory
-    bridge = "none" if recipe.bridge is None else (
-        f"{recipe.bridge.kind}, {recipe.bridge.num_heads} heads x {recipe.bridge.head_dim}, "
-        f"layers {recipe.bridge.layers}"
+    bridge = (
+        "none"
+        if recipe.bridge is None
+        else (
+            f"{recipe.bridge.kind}, {recipe.bridge.num_heads} heads x {recipe.bridge.head_dim}, "
+            f"layers {recipe.bridge.layers}"
+        )
     )
     base = plan.parameters - plan.new_parameters
     budget = recipe.launch.gpu_memory_gb
@@ -227,8 +232,9 @@ def describe(recipe: Recipe, plan: Plan) -> str:
         f"{b.groups_per_rank} groups a rank; serves {b.updates_per_generation:g} updates",
         f"micro-batch      {b.groups_per_micro_batch} groups, {b.rows_per_micro_batch} rows a rank; "
         f"{b.micro_batches_per_update} an update",
-        f"tokens           at most {b.rows_per_generation * recipe.rollout.max_new_tokens:,} sampled a generation batch",
-        f"memory per GPU   about {m.peak / GIB:.1f} GiB" + (f" of {budget:g}" if budget else "")
+        f"tokens           at most {b.rows_per_generation * recipe.rollout.max_new_tokens:,} a generation batch",
+        f"memory per GPU   about {m.peak / GIB:.1f} GiB"
+        + (f" of {budget:g}" if budget else "")
         + f" (weights {m.weights / GIB:.1f}, optimizer {m.optimizer / GIB:.1f}, gradients {m.gradients / GIB:.1f}, "
         f"activations {m.activations / GIB:.1f}, sampling {m.kv_cache / GIB:.1f})",
         f"output           {recipe.output_dir}",

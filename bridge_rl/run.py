@@ -2,22 +2,23 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
-from bridge_rl.checkpoint import is_bridge_checkpoint, load_blocks, read_blocks, save_bridge, WEIGHTS_FILE
+from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import UserError
@@ -26,16 +27,25 @@ from bridge_rl.models import find_file, load_policy, load_reward, load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.tracking import start_tracking
-from bridge_rl.surgery import has_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
+
+# Sections that decide what is in a directory; going on with others would mix two runs without a sound.
+DECIDES_WARMUP = ("model", "bridge", "warmup", "seed")
+DECIDES_RUN = ("model", "bridge", "train", "data", "rewards", "rollout", "seed")
 
 
 def train(recipe: Recipe) -> dict[str, float]:
     """Run the recipe and return the final evaluation's metrics. The plan has been checked by the caller."""
     prepare_distributed()
-    if recipe.warmup is not None and not is_bridge_checkpoint(warmup_directory(recipe)):
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and PartialState().num_processes > 1:
+    output = Path(recipe.output_dir)
+    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+    if checkpoint is not None:
+        check_same_recipe(recipe, output, DECIDES_RUN)
+    if recipe.warmup is not None and is_bridge_checkpoint(warmup_directory(recipe)):
+        check_same_recipe(recipe, warmup_directory(recipe), DECIDES_WARMUP)
+    elif recipe.warmup is not None:
+        if deepspeed_is_configured() and PartialState().num_processes > 1:
             raise UserError(
                 "warmup: the warm-up runs without ZeRO (it trains the new parameters only), so run it first: "
                 "accelerate launch launch/warmup.py with the same recipe and overrides."
@@ -66,16 +76,16 @@ def train(recipe: Recipe) -> dict[str, float]:
         processing_class=tokenizer,
         peft_config=lora_config(recipe) if recipe.train == "lora" else None,
     )
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RewardProgress())
     if trainer.accelerator.is_main_process:
-        (Path(recipe.output_dir) / "recipe.yaml").write_text(recipe.to_yaml())
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(recipe.output_dir))
+        save_recipe(recipe, output)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(recipe.output_dir)
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
-        history = Path(recipe.output_dir) / "history.jsonl"
-        history.write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+        write_history(trainer.state.log_history, output)
+    trainer.end()  # closes the trackers and the process group
     return metrics
 
 
@@ -122,7 +132,8 @@ def warm_up(recipe: Recipe) -> None:
     history = train_blocks(model, kept, section, args, [RewardProgress("warm-up")])
     if state.is_main_process:
         save_bridge(model, directory)
-        (directory / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        save_recipe(recipe, directory)
+        write_history(history, directory)
     state.wait_for_everyone()
 
 
@@ -130,14 +141,42 @@ def warmup_directory(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / "warmup"
 
 
+def save_recipe(recipe: Recipe, directory: Path) -> None:
+    """Write the resolved recipe beside what it made."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "recipe.yaml").write_text(recipe.to_yaml())
+
+
+def check_same_recipe(recipe: Recipe, directory: Path, sections: tuple[str, ...]) -> None:
+    """Raise UserError if what is in `directory` was made by a recipe that differs in one of `sections`."""
+    path = directory / "recipe.yaml"
+    before = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    for section in sections:
+        if before.get(section) != asdict(recipe)[section]:
+            raise UserError(
+                f"{directory} was made by a recipe with another '{section}' section ({path}): use that one to go on, "
+                "another output_dir to start anew, or delete the directory."
+            )
+
+
+def write_history(history: list[dict[str, float]], directory: Path) -> None:
+    """The trainer's log, one entry a line."""
+    (directory / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+
+
 # -- pieces of a run ------------------------------------------------------------------------------------------------
+
+
+def deepspeed_is_configured() -> bool:
+    """Whether `accelerate launch` was given a DeepSpeed configuration."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def prepare_distributed() -> None:
     """On CPU: gloo before anything asks for a backend, and no shared-memory operator that DeepSpeed would compile."""
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if deepspeed_is_configured():
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -149,7 +188,7 @@ def device_arguments(recipe: Recipe) -> dict[str, Any]:
         return {"bf16": recipe.training.get("bf16", True)}
     if recipe.training.get("bf16"):
         raise UserError("training.bf16 is on, but there is no GPU here: leave it out, CPU runs are in float32.")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if deepspeed_is_configured():
         # With use_cpu accelerate would believe in a world of one process.
         return {"bf16": False, "use_cpu": False, "ddp_backend": "gloo"}
     return {"bf16": False, "use_cpu": True}
@@ -174,6 +213,8 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "ddp_timeout": int(timedelta(hours=2).total_seconds()),
         "disable_tqdm": True,  # our own bar shows the reward
     }
+    if recipe.launch.zero_stage > 0 and not deepspeed_is_configured() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        options["deepspeed"] = str(find_file(f"launch/deepspeed/zero{max(2, recipe.launch.zero_stage)}.json"))
     try:
         return GRPOConfig(**{**options, **training, **device_arguments(recipe)})
     except (ValueError, TypeError) as error:

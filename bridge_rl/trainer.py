@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
     Raises UserError for options that would break groups.
     """
 
-    _tag_names = ["trl", "grpo", "bridge"]
+    _tag_names: ClassVar = ["trl", "grpo", "bridge"]
     _name = "Bridge GRPO"
 
     def __init__(

@@ -91,7 +91,7 @@ def read_groups(path: Path) -> list[WarmupGroup]:
 
 
 def usable(groups: Sequence[WarmupGroup], section: WarmupSection) -> list[WarmupGroup]:
-    """The groups with enough right completions; without `mixed`, cut down to those. Raises UserError if none is left."""
+    """The groups with enough right completions; without `mixed`, cut down to those. UserError if none is left."""
     kept = []
     for group in groups:
         if sum(group.correct) < section.min_right:

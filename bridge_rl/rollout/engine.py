@@ -70,7 +70,7 @@ def _generate_batch(
 ) -> list[Group]:
     device = model.device
     uniforms = group_uniforms(params.seed, indices, width, params.max_new_tokens).to(device)
-    # Prefill, one row a group: on prompt tokens all rows are equal, and attention over equal rows gives one row's value.
+    # Prefill, one row a group: on prompt tokens all rows are equal, and attention over equal rows gives their value.
     ids, mask = pad_left(prompt_ids, 0, device)
     output = model(
         input_ids=ids,

@@ -24,7 +24,7 @@ def group_logprobs(
     widths = {len(group) for group in completions}
     if len(prompt_ids) != len(completions) or len(widths) != 1:
         raise ValueError(
-            f"{len(prompt_ids)} prompts and groups of widths {sorted(widths)}: give one group a prompt, all equally wide."
+            f"{len(prompt_ids)} prompts and groups of widths {sorted(widths)}: one group a prompt, all of one width."
         )
     width = widths.pop()
     rows = [row for group in completions for row in group]

@@ -90,9 +90,7 @@ def pass_at_1(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_p
     chosen = [next(problems) for _ in range(num_problems)]
     inputs = torch.tensor([prompt_ids(tokenizer, problem) for problem in chosen])
     torch.manual_seed(0)
-    output = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, max_new_tokens=26
-    )
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, max_new_tokens=26)
     texts = tokenizer.batch_decode(output[:, inputs.shape[1] :], skip_special_tokens=True)
     return sum(is_correct(p.text, text) for p, text in zip(chosen, texts, strict=True)) / num_problems
 

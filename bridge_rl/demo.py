@@ -1,0 +1,76 @@
+"""`make demo`: the embedded recipe from warm-up to evaluation, beside the base and beside RLVR without a Bridge."""
+
+import json
+import time
+from itertools import chain, count
+from pathlib import Path
+
+from bridge_rl.config import Recipe, load_recipe
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.metrics import Estimate
+from bridge_rl.evaluation.run import WidthReport, aggregate, as_table, num_completions, sample_groups
+from bridge_rl.models import find_file, load_model, load_reward, load_tokenizer
+from bridge_rl.plan import check, describe
+from bridge_rl.report.plots import plot_widths
+from bridge_rl.report.progress import Bar
+from bridge_rl.run import load_eval_prompts, train
+
+# Made by `bridge-rl train recipes/tiny_arith_rlvr_only.yaml`: the same steps take as long as the demo itself.
+SHIPPED = Path(__file__).parent / "tiny" / "rlvr_only.json"
+
+
+def demo(output: Path) -> None:
+    """Train the embedded model and print the base, RLVR only (shipped figures) and Bridge at every width."""
+    start = time.perf_counter()
+    recipe_path = find_file("recipes/tiny_arith.yaml")
+    if recipe_path is None:
+        raise UserError("recipes/tiny_arith.yaml is not here: run the demo in a clone of the repository.")
+    directory = unused(output)
+    recipe = load_recipe(recipe_path, [f"output_dir={directory}", "logging.wandb=offline"])
+    print(describe(recipe, check(recipe)), flush=True)
+
+    base = evaluate_base(recipe)
+    train(recipe)
+    results = sorted((directory / "evaluation").glob("step_*/results.json"))[-1]
+    arms = {
+        "base": base,
+        "RLVR only (shipped figures)": read_reports(SHIPPED),
+        "Bridge": read_reports(results),
+    }
+    for name, reports in arms.items():
+        print(f"\n{name}\n{as_table(reports)}")
+    plot_widths(arms, directory / "widths.png")
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; the plot is {directory / 'widths.png'}")
+    print(f"sample it yourself:  bridge-rl generate --model {directory} --width 4 12,35,27,19,31,22:49")
+    print(f"send the W&B logs:   wandb sync {directory}/wandb/offline-run-*")
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist: a demo overwrites nothing."""
+    candidates = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def evaluate_base(recipe: Recipe) -> list[WidthReport]:
+    """The base at the recipe's widths; its rows are independent, so only `any` and `all` depend on the width."""
+    model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
+    prompts = load_eval_prompts(recipe, tokenizer)
+    assert prompts is not None  # the embedded recipe has held-out problems
+    rows, reward = prompts.to_list(), load_reward(recipe.rewards[0], 0)
+    section, limit = recipe.evaluation, recipe.rollout.max_new_tokens
+    with Bar("base", num_completions(section, len(rows))) as bar:
+        groups = list(sample_groups(model, tokenizer, rows, reward, section, limit, recipe.seed, progress=bar.update))
+    return aggregate(groups)
+
+
+def read_reports(path: Path) -> list[WidthReport]:
+    """The reports in a `results.json`."""
+    return [
+        WidthReport(
+            width=report["width"],
+            problems=report["problems"],
+            groups_per_problem=report["groups_per_problem"],
+            metrics={name: Estimate(**estimate) for name, estimate in report["metrics"].items()},
+        )
+        for report in json.loads(path.read_text())["widths"]
+    ]

@@ -1,0 +1,124 @@
+"""Lockstep generation against the full-sequence oracle, and seeds."""
+
+import pytest
+import torch
+from conftest import ALL_FAMILIES, make_base, make_bridged
+
+import bridge_rl as br
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [30, 31]]
+# Several ends make rows finish at different steps.
+PARAMS = br.SamplingParams(max_new_tokens=20, seed=3, eos_token_id=[2, 4, 5, 6, 7, 8])
+
+
+def worst_difference(model, prompts, groups, temperature=1.0):
+    oracle = br.group_logprobs(model, prompts, [group.tokens for group in groups], temperature)
+    return max(
+        abs(ours - theirs)
+        for group, expected in zip(groups, oracle, strict=True)
+        for row, expected_row in zip(group.logprobs, expected, strict=True)
+        for ours, theirs in zip(row, expected_row, strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_lockstep_decode_matches_full_forward(family, width):
+    model = make_bridged(family)
+    groups = br.generate_groups(model, PROMPTS, width, PARAMS)
+    lengths = {len(row) for group in groups for row in group.tokens}
+    assert len(lengths) >= 3, "the finishes are not ragged: the test would prove little"
+    assert worst_difference(model, PROMPTS, groups) <= 1e-5
+
+
+def test_rows_cut_at_the_limit_match_too(bridged):
+    params = br.SamplingParams(max_new_tokens=6, seed=1, eos_token_id=[4, 5])
+    groups = br.generate_groups(bridged, PROMPTS, 4, params)
+    reasons = {reason for group in groups for reason in group.finish_reasons}
+    assert reasons == {"stop", "length"}
+    assert worst_difference(bridged, PROMPTS, groups) <= 1e-5
+
+
+def test_temperature_reaches_the_logprobs(bridged):
+    params = br.SamplingParams(max_new_tokens=8, temperature=0.7, seed=1, eos_token_id=[4, 5])
+    groups = br.generate_groups(bridged, PROMPTS, 2, params)
+    assert worst_difference(bridged, PROMPTS, groups, temperature=0.7) <= 1e-5
+
+
+def test_a_row_ends_at_its_first_eos_and_says_why(bridged):
+    for group in br.generate_groups(bridged, PROMPTS, 4, PARAMS):
+        for row, logprobs, reason in zip(group.tokens, group.logprobs, group.finish_reasons, strict=True):
+            ends = [n for n, token in enumerate(row) if token in PARAMS.eos_token_id]
+            assert ends == ([len(row) - 1] if reason == "stop" else [])
+            assert len(logprobs) == len(row)
+
+
+def test_tokens_do_not_depend_on_the_rest_of_the_batch(bridged):
+    together = br.generate_groups(bridged, PROMPTS, 4, PARAMS)
+    for index, prompt in enumerate(PROMPTS):
+        [alone] = br.generate_groups(bridged, [prompt], 4, PARAMS, indices=[index])
+        assert alone.tokens == together[index].tokens
+    limited = br.generate_groups(bridged, PROMPTS, 4, PARAMS, max_rows=8)
+    assert [group.tokens for group in limited] == [group.tokens for group in together]
+
+
+def test_tokens_depend_on_seed_and_index(bridged):
+    same_prompt = [PROMPTS[0]] * 2
+    first, second = br.generate_groups(bridged, same_prompt, 4, PARAMS)
+    assert first.tokens != second.tokens
+    other = br.generate_groups(bridged, same_prompt, 4, br.SamplingParams(20, seed=4, eos_token_id=[2]))
+    assert other[0].tokens != first.tokens
+
+
+def test_siblings_change_what_a_row_says(bridged):
+    """At equal draws, a row's tokens differ with the Bridge on and off."""
+    linked = br.generate_groups(bridged, PROMPTS, 4, PARAMS)
+    with br.disable_bridge(bridged):
+        alone = br.generate_groups(bridged, PROMPTS, 4, PARAMS)
+    assert [group.tokens for group in linked] != [group.tokens for group in alone]
+
+
+def test_a_model_without_a_bridge_samples_independent_rows():
+    model = make_base("llama")
+    groups = br.generate_groups(model, PROMPTS, 4, PARAMS)
+    assert worst_difference(model, PROMPTS, groups) <= 1e-5
+
+
+def test_sampled_frequencies_follow_the_model():
+    model = make_base("llama")
+    groups = br.generate_groups(model, [[5, 6]], 4000, br.SamplingParams(1, seed=0, eos_token_id=[]))
+    counts = torch.bincount(torch.tensor([row[0] for row in groups[0].tokens]), minlength=50) / 4000
+    with torch.no_grad():
+        probs = model(torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
+    # Four standard errors of a share at 4000 draws.
+    assert ((counts - probs).abs() <= 4 * (probs * (1 - probs) / 4000).sqrt() + 1e-6).all()
+
+
+def test_greedy_takes_the_most_likely_token(bridged):
+    [group] = br.generate_groups(bridged, [[5, 6]], 1, br.SamplingParams(1, temperature=0))
+    with torch.no_grad():
+        expected = bridged(torch.tensor([[5, 6]])).logits[0, -1].argmax().item()
+    assert group.tokens == [[expected]]
+
+
+@pytest.mark.parametrize(("options", "allowed"), [({"top_k": 2}, 2), ({"top_p": 1e-6}, 1)])
+def test_truncated_sampling_stays_inside_its_set(options, allowed):
+    model = make_base("llama")
+    [group] = br.generate_groups(model, [[5, 6]], 64, br.SamplingParams(1, seed=0, eos_token_id=[], **options))
+    with torch.no_grad():
+        best = model(torch.tensor([[5, 6]])).logits[0, -1].topk(allowed).indices.tolist()
+    assert {row[0] for row in group.tokens} <= set(best)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p")],
+)
+def test_bad_sampling_params_are_refused(options, named):
+    with pytest.raises(ValueError, match=named):
+        br.SamplingParams(**{"max_new_tokens": 4, **options})
+
+
+def test_an_empty_prompt_is_refused(bridged):
+    with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
+        br.generate_groups(bridged, [[5], []], 2, PARAMS)

@@ -1,0 +1,92 @@
+"""The block against a slow loop, and its control."""
+
+import math
+
+import pytest
+import torch
+
+from bridge_rl.block import BridgeBlock, BridgeConfig, MatchedMLP
+
+CONFIG = BridgeConfig(num_heads=2, head_dim=4)
+
+
+def switched_on(block):
+    torch.manual_seed(0)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return block
+
+
+def slow_bridge(block: BridgeBlock, x: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """Row by row, column by column, head by head, as the paper writes it."""
+    num_groups, width, num_tokens = alive.shape
+    out = x.clone()
+    y = x / (x.pow(2).mean(-1, keepdim=True) + block.norm.eps).sqrt() * block.norm.weight
+    for g in range(num_groups):
+        for t in range(num_tokens):
+            seen = [g * width + n for n in range(width) if alive[g, n, t]]
+            for row in seen:
+                heads = []
+                for h in range(block.num_heads):
+                    part = slice(h * block.head_dim, (h + 1) * block.head_dim)
+                    query = block.q_proj.weight[part] @ y[row, t]
+                    keys = torch.stack([block.k_proj.weight[part] @ y[other, t] for other in seen])
+                    values = torch.stack([block.v_proj.weight[part] @ y[other, t] for other in seen])
+                    heads.append(torch.softmax(keys @ query / math.sqrt(block.head_dim), 0) @ values)
+                out[row, t] = x[row, t] + block.o_proj.weight @ torch.cat(heads)
+    return out
+
+
+def test_block_equals_the_slow_loop_where_rows_are_alive():
+    block = switched_on(BridgeBlock(6, CONFIG))
+    x = torch.randn(6, 5, 6)
+    alive = torch.rand(2, 3, 5) > 0.3
+    expected = slow_bridge(block, x, alive)
+    found = block(x, alive)
+    rows = alive.flatten(0, 1)
+    torch.testing.assert_close(found[rows], expected[rows], atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(found).all()
+
+
+def test_a_new_block_is_the_identity_to_the_last_bit():
+    x = torch.randn(4, 3, 6)
+    assert torch.equal(BridgeBlock(6, CONFIG)(x, torch.ones(1, 4, 3, dtype=torch.bool)), x)
+    assert torch.equal(MatchedMLP(6, CONFIG)(x), x)
+
+
+def test_a_trained_block_at_width_1_is_not_the_identity():
+    block = switched_on(BridgeBlock(6, CONFIG))
+    x = torch.randn(2, 3, 6)
+    expected = x + block.o_proj(block.v_proj(block.norm(x)))
+    torch.testing.assert_close(block(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hidden_size", [32, 1536])
+def test_the_control_has_exactly_as_many_parameters(hidden_size):
+    config = BridgeConfig(num_heads=6, head_dim=48)
+    bridge, control = (
+        sum(p.numel() for p in cls(hidden_size, config).parameters()) for cls in (BridgeBlock, MatchedMLP)
+    )
+    assert bridge == control == 4 * hidden_size * 288 + hidden_size
+
+
+def test_siblings_do_not_reach_the_control():
+    control = switched_on(MatchedMLP(6, CONFIG))
+    x = torch.randn(4, 3, 6)
+    changed = x.clone()
+    changed[1] += 1
+    alive = torch.ones(1, 4, 3, dtype=torch.bool)
+    assert torch.equal(control(x, alive)[[0, 2, 3]], control(changed, alive)[[0, 2, 3]])
+
+
+def test_a_float32_block_on_a_bfloat16_stream_keeps_the_stream_dtype():
+    block = switched_on(BridgeBlock(6, CONFIG))
+    out = block(torch.randn(4, 3, 6, dtype=torch.bfloat16), torch.ones(2, 2, 3, dtype=torch.bool))
+    assert out.dtype == torch.bfloat16
+    assert block.q_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("key", "value"), [("kind", "mlp"), ("num_heads", 0), ("layers", [])])
+def test_a_config_that_means_nothing_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"bridge.{key}"):
+        BridgeConfig(**{key: value})
