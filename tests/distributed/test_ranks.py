@@ -1,0 +1,117 @@
+"""The tiny recipe on two real CPU processes: DDP, ZeRO-2 and ZeRO-3 take the steps that one process takes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "rewards=[{function: /work/tmp/two_tries.py:correct}]",
+    "training.max_steps=2",
+    "training.logging_steps=1",
+    "training.lr_scheduler_type=constant",
+    "warmup.problems=32",
+    "warmup.steps=3",
+    "warmup.groups_per_step=4",
+    "data.eval=null",
+]
+Q_PROJ = 128 * 128  # elements of a block's W_Q in the tiny recipe
+pytestmark = pytest.mark.slow
+
+
+def launch(script: str, *arguments: str, config: str | None = None) -> subprocess.CompletedProcess:
+    accelerate = ["accelerate.commands.launch", "--main_process_port", "0"]
+    if config is not None:
+        accelerate += ["--config_file", f"launch/accelerate/{config}.yaml"]
+    command = [sys.executable, "-m", *accelerate, script, *arguments]
+    if config is None:
+        command = [sys.executable, script, *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory) -> Path:
+    """The warm-up, made by two ranks together."""
+    output = tmp_path_factory.mktemp("warm")
+    launch("launch/warmup.py", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={output}", config="cpu_ddp")
+    lines = (output / "warmup" / "groups.jsonl").read_text().splitlines()
+    assert len(lines) == 32
+    return output / "warmup"
+
+
+def run(warmed: Path, output: Path, rows: int, config: str | None = None, *overrides: str) -> dict:
+    shutil.copytree(warmed, output / "warmup")
+    facts = output / "facts.json"
+    launch(
+        "tests/distributed/job.py",
+        str(facts),
+        "recipes/tiny_arith.yaml",
+        *SMALL,
+        f"training.per_device_train_batch_size={rows}",
+        f"output_dir={output}",
+        *overrides,
+        config=config,
+    )
+    return json.loads(facts.read_text())
+
+
+@pytest.fixture(scope="module")
+def one_rank(warmed, tmp_path_factory) -> dict:
+    facts = run(warmed, tmp_path_factory.mktemp("one"), 64)
+    assert facts["num_processes"] == 1
+    return facts
+
+
+def assert_same_steps(found: dict, expected: dict) -> None:
+    assert len(found["steps"]) == len(expected["steps"]) == 2
+    for ours, theirs in zip(found["steps"], expected["steps"], strict=True):
+        assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-6)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "distributed_type", "zero_stage", "shard_elements"),
+    [
+        ("cpu_ddp", "MULTI_CPU", None, Q_PROJ),
+        ("cpu_zero2", "DEEPSPEED", 2, Q_PROJ),
+        ("cpu_zero3", "DEEPSPEED", 3, Q_PROJ // 2),
+    ],
+)
+def test_two_ranks_take_the_steps_of_one(
+    warmed, one_rank, tmp_path, config, distributed_type, zero_stage, shard_elements
+):
+    facts = run(warmed, tmp_path, 32, config)
+    assert facts["distributed_type"] == distributed_type
+    assert facts["num_processes"] == 2
+    assert facts["zero_stage"] == zero_stage
+    assert facts["shard_elements"] == shard_elements
+    assert_same_steps(facts, one_rank)
+
+
+def test_bridge_only_under_zero3_with_checkpointing_takes_the_steps_of_one(warmed, tmp_path):
+    alone = run(warmed, tmp_path / "one", 64, None, "train=bridge")
+    options = ("train=bridge", "training.gradient_checkpointing=true")
+    facts = run(warmed, tmp_path / "two", 32, "cpu_zero3", *options)
+    assert facts["zero_stage"] == 3
+    assert_same_steps(facts, alone)
+
+
+def test_a_warmup_under_zero_is_refused_with_the_command_to_run_first(tmp_path):
+    with pytest.raises(AssertionError, match=r"launch/warmup\.py"):
+        launch(
+            "tests/distributed/job.py",
+            str(tmp_path / "facts.json"),
+            "recipes/tiny_arith.yaml",
+            *SMALL,
+            f"output_dir={tmp_path}",
+            config="cpu_zero2",
+        )

@@ -1,0 +1,124 @@
+"""Saving and loading, and what must be refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_base, make_bridged
+
+import bridge_rl as br
+from bridge_rl.fingerprint import fingerprint
+from bridge_rl.surgery import find_state, group_width
+
+IDS = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model):
+    with group_width(model, 4):
+        return model(IDS).logits
+
+
+@pytest.fixture
+def base_directory(tmp_path, family):
+    make_base(family).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def attach_to(directory, dtype=torch.float32):
+    from conftest import switch_on
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return switch_on(br.attach_bridge(model, br.BridgeConfig(num_heads=2, head_dim=8)))
+
+
+def test_a_bridge_goes_back_into_its_base(base_directory, tmp_path):
+    model = attach_to(base_directory)
+    br.save_bridge(model, tmp_path / "bridge")
+    files = {path.name for path in (tmp_path / "bridge").iterdir()}
+    assert files == {"bridge.safetensors", "bridge_config.json"}
+    assert torch.equal(logits(br.load_bridge(tmp_path / "bridge")), logits(model))
+    moved = shutil.move(base_directory, str(tmp_path / "elsewhere"))
+    assert torch.equal(logits(br.load_bridge(tmp_path / "bridge", moved)), logits(model))
+
+
+def test_a_full_checkpoint_keeps_its_bridge(base_directory, tmp_path):
+    model = attach_to(base_directory)
+    br.save_bridge(model, tmp_path / "full", merged=True)
+    shutil.rmtree(base_directory)
+    assert torch.equal(logits(br.load_bridge(tmp_path / "full")), logits(model))
+    assert "silently drops the blocks" in (tmp_path / "full" / "README.md").read_text()
+
+
+def test_a_sharded_full_checkpoint_keeps_its_bridge(base_directory, tmp_path):
+    model = attach_to(base_directory)
+    br.save_bridge(model, tmp_path / "full", merged=True)
+    (tmp_path / "full" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "full", max_shard_size="20KB")
+    assert len(list((tmp_path / "full").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(br.load_bridge(tmp_path / "full")), logits(model))
+
+
+def test_a_plain_load_drops_the_bridge_which_is_why_the_card_warns(base_directory, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = attach_to(base_directory)
+    br.save_bridge(model, tmp_path / "full", merged=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    with br.disable_bridge(model), torch.no_grad():
+        assert torch.equal(plain(IDS).logits, model(IDS).logits)
+
+
+def test_a_wrong_base_is_refused(base_directory, tmp_path, family):
+    br.save_bridge(attach_to(base_directory), tmp_path / "bridge")
+    with pytest.raises(ValueError, match="trained on another base"):
+        br.load_bridge(tmp_path / "bridge", make_base(family, seed=1))
+
+
+def test_a_fingerprint_does_not_depend_on_the_load_dtype(base_directory):
+    found = {find_state(attach_to(base_directory, dtype)).fingerprint for dtype in (torch.float32, torch.bfloat16)}
+    assert len(found) == 1
+    assert fingerprint(make_base("llama")) != fingerprint(make_base("llama", seed=1))
+
+
+def test_a_bridge_only_save_of_a_trained_base_is_refused(bridged, tmp_path):
+    with torch.no_grad():
+        for parameter in bridged.parameters():
+            parameter.add_(0.1)
+    with pytest.raises(ValueError, match="merged=True"):
+        br.save_bridge(bridged, tmp_path / "bridge")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing tensor", "shape", "config"])
+def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_base("llama").save_pretrained(tmp_path / "base")
+    br.save_bridge(attach_to(str(tmp_path / "base")), tmp_path / "bridge")
+    weights, config = tmp_path / "bridge" / "bridge.safetensors", tmp_path / "bridge" / "bridge_config.json"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "missing tensor":
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
+    elif damage == "shape":
+        save_file({**tensors, name: torch.zeros(3)}, weights)
+    else:
+        config.write_text(config.read_text()[:40])
+    with pytest.raises(ValueError, match=r"damaged|lacks|another shape"):
+        br.load_bridge(tmp_path / "bridge")
+
+
+def test_a_directory_without_a_bridge_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no Bridge"):
+        br.load_bridge(tmp_path)
+
+
+def test_the_config_file_says_what_is_inside(tmp_path):
+    br.save_bridge(make_bridged("llama"), tmp_path)
+    content = json.loads((tmp_path / "bridge_config.json").read_text())
+    assert content["bridge"] == {"kind": "bridge", "num_heads": 2, "head_dim": 8, "layers": "all"}
+    assert len(content["base_fingerprint"]) == 32

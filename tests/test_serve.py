@@ -1,0 +1,252 @@
+"""The HTTP server: OpenAI's shapes, one group a request, and refusals that name the field."""
+
+import importlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import switch_on
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import bridge_rl as br
+import bridge_rl.serve
+from bridge_rl.config import ModelSection
+from bridge_rl.errors import UserError
+from bridge_rl.models import load_model, load_tokenizer
+from bridge_rl.serve import make_app
+
+TINY = ModelSection("package://bridge_rl/tiny/model")
+PROBLEM = "12,35,27,19,31,22:49"
+PROMPT = f"<bos>{PROBLEM}="
+CHAT = [{"role": "user", "content": PROBLEM}]
+BODY = {"prompt": PROMPT, "n": 4, "max_tokens": 32, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """The embedded model with a Bridge that is switched on, so that siblings matter."""
+    return switch_on(br.attach_bridge(load_model(TINY), br.BridgeConfig(num_heads=2, head_dim=8))).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FastAPI:
+    return make_app(model, tokenizer, "tiny", max_tokens=64, max_width=8)
+
+
+@pytest.fixture(scope="module")
+def post(app: FastAPI) -> Callable[..., dict[str, Any]]:
+    """POST `body` to completions, or to chat where it has messages; the response's JSON."""
+    client = TestClient(app)
+
+    def send(body: dict[str, Any], status: int = 200) -> dict[str, Any]:
+        response = client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", json=body)
+        assert response.status_code == status, response.text
+        return response.json()
+
+    return send
+
+
+def texts(response: dict[str, Any]) -> list[str]:
+    return [choice["text"] for choice in response["choices"]]
+
+
+def test_the_completions_are_one_group_of_width_n(post, model, tokenizer):
+    params = br.SamplingParams(32, seed=3, eos_token_id=tokenizer.eos_token_id)
+    [group] = br.generate_groups(model, [tokenizer(PROMPT)["input_ids"]], 4, params)
+    response = post(BODY)
+    assert texts(response) == [tokenizer.decode(row, skip_special_tokens=True) for row in group.tokens]
+    assert [choice["finish_reason"] for choice in response["choices"]] == group.finish_reasons
+    assert [choice["index"] for choice in response["choices"]] == [0, 1, 2, 3]
+    assert len(set(texts(response))) > 1
+    assert (response["object"], response["model"], response["seed"]) == ("text_completion", "tiny", 3)
+
+
+def test_a_seed_repeats_its_group_and_another_does_not(post):
+    first = post(BODY)
+    assert texts(post(BODY)) == texts(first)
+    assert texts(post({**BODY, "seed": 4})) != texts(first)
+
+
+def test_a_request_without_a_seed_says_which_repeats_it(post):
+    body = {key: value for key, value in BODY.items() if key != "seed"}
+    first, second = post(body), post(body)
+    assert first["seed"] != second["seed"]
+    assert texts(post({**body, "seed": first["seed"]})) == texts(first)
+
+
+def test_rows_of_a_greedy_group_are_alike(post):
+    assert len(set(texts(post({**BODY, "temperature": 0})))) == 1
+
+
+def test_usage_counts_the_prompt_once_and_every_sampled_token(post, tokenizer):
+    response = post({**BODY, "logprobs": True})
+    prompt = len(tokenizer(PROMPT)["input_ids"])
+    sampled = sum(len(choice["logprobs"]["tokens"]) for choice in response["choices"])
+    assert response["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": sampled,
+        "total_tokens": prompt + sampled,
+    }
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_full_forward_over_the_group(post, model, tokenizer, temperature):
+    choices = post({**BODY, "temperature": temperature, "logprobs": 1})["choices"]
+    rows = [tokenizer.convert_tokens_to_ids(choice["logprobs"]["tokens"]) for choice in choices]
+    prompt = tokenizer(PROMPT)["input_ids"]
+    [together] = br.group_logprobs(model, [prompt], [rows], temperature)
+    for choice, expected in zip(choices, together, strict=True):
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+    # Alone they are others: the rows did see each other.
+    alone = br.group_logprobs(model, [prompt] * 4, [[row] for row in rows], temperature)
+    assert alone[0][0] != pytest.approx(together[0], abs=1e-2)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, False), (False, False), (True, True), (0, True), (1, True)])
+def test_logprobs_are_given_when_asked_for(post, asked, given):
+    assert all((choice["logprobs"] is not None) == given for choice in post({**BODY, "logprobs": asked})["choices"])
+
+
+def test_chat_applies_the_template_and_gives_the_same_group(post):
+    chat = post({"messages": CHAT, "n": 4, "max_tokens": 32, "seed": 3, "logprobs": True, "model": "tiny"})
+    plain = post({**BODY, "logprobs": True})
+    assert chat["object"] == "chat.completion"
+    assert chat["usage"] == plain["usage"]
+    for choice, other in zip(chat["choices"], plain["choices"], strict=True):
+        assert choice["message"] == {"role": "assistant", "content": other["text"]}
+        assert choice["finish_reason"] == other["finish_reason"]
+        assert [item["token"] for item in choice["logprobs"]["content"]] == other["logprobs"]["tokens"]
+        assert [item["logprob"] for item in choice["logprobs"]["content"]] == other["logprobs"]["token_logprobs"]
+    assert post({"messages": CHAT, "max_tokens": 2})["choices"][0]["logprobs"] is None
+
+
+def test_chat_needs_a_template(model):
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.chat_template = None
+    response = TestClient(make_app(model, tokenizer, "bare", 8, 2)).post(
+        "/v1/chat/completions", json={"messages": CHAT}
+    )
+    assert (response.status_code, "no chat template" in response.text) == (400, True)
+
+
+def test_a_template_that_refuses_the_messages_is_the_users_mistake(model):
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    response = TestClient(make_app(model, tokenizer, "tiny", 8, 2)).post(
+        "/v1/chat/completions", json={"messages": CHAT}
+    )
+    assert (response.status_code, "roles must alternate" in response.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"stream": True}, "'stream' is not served: leave it out."),
+        ({"stop": ["!"]}, "'stop' is not served: leave it out."),
+        ({"presence_penalty": 0.5}, "'presence_penalty' is not served: leave it out."),
+        ({"\ud800": 1}, "is not served: leave it out."),
+        ({"n": 9}, "n is 9: it must be from 1 to 8."),
+        ({"n": 0}, "n is 0: it must be from 1 to 8."),
+        ({"n": True}, "'n': Input should be a valid integer."),
+        ({"max_tokens": 65}, "max_tokens is 65: it must be from 1 to 64."),
+        ({"max_tokens": 0}, "max_tokens is 0: it must be from 1 to 64."),
+        ({"temperature": -1}, "temperature is -1.0: it must not be negative"),
+        ({"temperature": 1e-40}, "temperature is 1e-40: it must be 0 (greedy) or at least 0.01."),
+        ({"temperature": float("nan")}, "'temperature': Input should be a finite number."),
+        ({"temperature": "hot"}, "'temperature': Input should be a valid number."),
+        ({"top_p": 0}, "top_p is 0.0: it must be above 0"),
+        ({"top_p": 1e-46}, "top_p is 1e-46: it must be at least 1e-06."),
+        ({"top_p": 1.5}, "top_p is 1.5: it must be above 0 and at most 1."),
+        ({"seed": -1}, "seed is -1: it must be from 0 to"),
+        ({"seed": 2**80}, "it must be from 0 to"),
+        ({"logprobs": 5}, "logprobs is 5: it must be from 0 to 1."),
+        ({"model": "other"}, "model is 'other': this server has 'tiny'."),
+        ({"prompt": ""}, "Prompt 0 has no tokens"),
+        ({"prompt": [1, 2]}, "'prompt': Input should be a valid string."),
+        ({"prompt": "\ud800"}, "'prompt': Input should be a valid string"),
+        ({"prompt": "1" * 120}, "max_tokens: the prompt has 120 tokens, which leaves 8 of 128."),
+        ({"messages": []}, "'messages': List should have at least 1 item"),
+        ({"messages": [{"role": "user", "content": "1", "name": "x"}]}, "'messages.0.name' is not served"),
+        ({"messages": [{"role": "tool", "content": "1"}]}, "'messages.0.role': Input should be"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(app, change, sentence):
+    body = {**BODY, **change}
+    if "messages" in change:
+        del body["prompt"]
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    # Not `json=`, which refuses NaN and lone surrogates itself.
+    response = TestClient(app).post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert sentence in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_that_is_not_json_is_refused(app):
+    response = TestClient(app).post("/v1/completions", content="{", headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "The body is not JSON.")
+
+
+def test_max_tokens_is_by_default_what_the_server_and_the_prompt_leave(post, model, tokenizer, monkeypatch):
+    limits = []
+    generate = bridge_rl.serve.generate_groups
+    monkeypatch.setattr(
+        bridge_rl.serve, "generate_groups", lambda *args: (limits.append(args[3].max_new_tokens), generate(*args))[1]
+    )
+    post({"prompt": PROMPT})
+    post({"prompt": "1" * 120})
+    assert limits == [64, 8]
+
+
+def test_requests_run_one_after_another(app, post, monkeypatch):
+    running, most = [], []
+    generate = bridge_rl.serve.generate_groups
+
+    def slow(*args: Any) -> list[br.Group]:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.02)
+        groups = generate(*args)
+        running.pop()
+        return groups
+
+    monkeypatch.setattr(bridge_rl.serve, "generate_groups", slow)
+    got: dict[int, list[str]] = {}
+    threads = [threading.Thread(target=lambda s=s: got.update({s: texts(post({**BODY, "seed": s}))})) for s in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+    assert got == {seed: texts(post({**BODY, "seed": seed})) for seed in range(4)}
+
+
+def test_the_model_is_listed_and_the_server_says_that_it_is_up(app):
+    client = TestClient(app)
+    models = client.get("/v1/models").json()
+    assert (models["object"], [card["id"] for card in models["data"]]) == ("list", ["tiny"])
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_limits_below_one_are_refused(model, tokenizer):
+    with pytest.raises(UserError, match="--max-tokens is 0 and --max-width is 4"):
+        make_app(model, tokenizer, "tiny", 0, 4)
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_missing_package_names_the_extra(monkeypatch, package):
+    monkeypatch.delitem(sys.modules, "bridge_rl.serve")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install 'bridge-rl\[serve\]'"):
+        importlib.import_module("bridge_rl.serve")

@@ -1,0 +1,319 @@
+"""The trainer keeps groups whole, and its loss and gradients are those of a slow computation."""
+
+import pytest
+import torch
+from conftest import make_base, make_bridged
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+import bridge_rl as br
+from bridge_rl.config import ModelSection
+from bridge_rl.models import load_tokenizer
+from bridge_rl.report import names
+from bridge_rl.surgery import find_state, group_width, has_bridge
+from bridge_rl.trainer import BridgeGRPOTrainer
+
+WIDTH, GENERATIONS = 4, 8
+PROMPTS = [f"<bos>{n}{n}:{m}=" for n in range(4) for m in ("1", "22", "333")]
+
+
+def reward_of_tokens(completion_ids, **kwargs):
+    """Any reward with a signal: right when the first token is even."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+
+
+def make_trainer(
+    tokenizer, tmp_path, model=None, train="bridge", width=WIDTH, peft=None, cls=BridgeGRPOTrainer, **options
+):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 16,
+        "num_generations": GENERATIONS,
+        "max_completion_length": 8,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+    }
+    return cls(
+        make_bridged("llama") if model is None else model,
+        [reward_of_tokens],
+        GRPOConfig(**{**defaults, **options}),
+        width=width,
+        train=train,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=tokenizer,
+        peft_config=peft,
+    )
+
+
+class Recording(BridgeGRPOTrainer):
+    """Keeps what was sampled and what each loss was given."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sampled, self.losses = [], []
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.sampled.append(batch)
+        return batch
+
+    def _compute_loss(self, model, inputs):
+        self.losses.append(inputs)
+        return super()._compute_loss(model, inputs)
+
+
+def as_set(blocks):
+    return {tuple(map(tuple, block)) for block in blocks.tolist()}
+
+
+def test_shuffle_and_split_keep_groups_whole(tokenizer, tmp_path):
+    trainer = make_trainer(
+        tokenizer, tmp_path, cls=Recording, per_device_train_batch_size=8, gradient_accumulation_steps=4, max_steps=2
+    )
+    trainer.train()
+    assert len(trainer.sampled) == 2
+    assert len(trainer.losses) == 8
+    for step, batch in enumerate(trainer.sampled):
+        given = torch.cat([inputs["completion_ids"] for inputs in trainer.losses[4 * step : 4 * step + 4]])
+        assert as_set(given) == as_set(batch["completion_ids"])
+        for prompts in batch["prompt_ids"]:
+            assert (prompts == prompts[0]).all()
+
+
+def test_without_blocks_the_shuffle_would_break_groups(tokenizer, tmp_path):
+    """Negative control: the same run, TRL's own rows."""
+
+    class Broken(Recording):
+        def _generate_and_score_completions(self, inputs):
+            batch = GRPOTrainer._generate_and_score_completions(self, inputs)
+            self.sampled.append({key: x.unflatten(0, (-1, WIDTH)) for key, x in batch.items() if x.dim()})
+            return batch
+
+        def _compute_loss(self, model, inputs):
+            self.losses.append({key: x.unflatten(0, (-1, WIDTH)) for key, x in inputs.items() if x.dim()})
+            return GRPOTrainer._compute_loss(self, model, inputs)
+
+    trainer = make_trainer(tokenizer, tmp_path, cls=Broken, per_device_train_batch_size=32)
+    trainer.train()
+    assert as_set(trainer.losses[0]["completion_ids"]) != as_set(trainer.sampled[0]["completion_ids"])
+
+
+def test_gradients_are_those_of_a_slow_policy_gradient(tokenizer, tmp_path):
+    """DAPO on policy: -sum_i,t A_i log p / (tokens of the batch), A = (r - mean) / (std + 1e-4) over G rows."""
+    torch.manual_seed(0)
+    trainer = make_trainer(tokenizer, tmp_path, cls=Recording, loss_type="dapo", max_grad_norm=1e9)
+    gradients = {}
+    start = {name: p.detach().clone() for name, p in br.bridge_parameters(trainer.model)}
+
+    def keep(optimizer, args, kwargs):
+        gradients.update({name: p.grad.clone() for name, p in br.bridge_parameters(trainer.model)})
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+
+    model = make_bridged("llama")
+    with torch.no_grad():
+        for name, parameter in br.bridge_parameters(model):
+            parameter.copy_(start[name])
+    batch = {key: x.flatten(0, 1) if x.dim() else x for key, x in trainer.losses[0].items()}
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with group_width(model, WIDTH):
+        logps = model(ids, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
+    columns = batch["completion_ids"].shape[1]
+    chosen = logps[:, -columns - 1 : -1].gather(-1, batch["completion_ids"][:, :, None])[:, :, 0]
+    rewards = (batch["completion_ids"][:, 0] % 2 == 0).float()
+    # The shuffle moved groups of a prompt apart: advantages are compared per prompt.
+    advantages = torch.zeros_like(rewards)
+    for prompt in batch["prompt_ids"].unique(dim=0):
+        rows = (batch["prompt_ids"] == prompt).all(1)
+        advantages[rows] = (rewards[rows] - rewards[rows].mean()) / (rewards[rows].std() + 1e-4)
+    torch.testing.assert_close(batch["advantages"], advantages, atol=1e-5, rtol=0)
+    loss = -(advantages[:, None] * chosen * batch["completion_mask"]).sum() / batch["completion_mask"].sum()
+    expected = dict(zip(start, torch.autograd.grad(loss, [p for _, p in br.bridge_parameters(model)]), strict=True))
+    assert max(g.abs().max() for g in expected.values()) > 1e-3
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+def test_every_loss_of_trl_trains_the_bridge(tokenizer, tmp_path, loss_type):
+    trainer = make_trainer(tokenizer, tmp_path, loss_type=loss_type)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    for name, parameter in before.items():
+        assert torch.equal(after[name], parameter) == (".bridge." not in name), name
+
+
+def test_frozen_base_has_no_gradients_and_no_optimizer_state(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    trainer.train()
+    trained = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    assert trained == sum(p.numel() for _, p in br.bridge_parameters(trainer.model))
+
+
+@pytest.mark.parametrize(("train", "lora"), [("bridge", False), ("lora", True)])
+def test_the_reference_is_the_base_without_a_second_model(tokenizer, tmp_path, train, lora):
+    peft = LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]) if lora else None
+    trainer = make_trainer(tokenizer, tmp_path, cls=Recording, train=train, peft=peft, beta=0.1, max_steps=2)
+    trainer.train()
+    assert not isinstance(trainer.ref_model, torch.nn.Module)
+    base = make_base("llama")
+    batch = {key: x.flatten(0, 1) if x.dim() else x for key, x in trainer.losses[1].items()}
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        logps = base(ids, attention_mask=mask).logits.log_softmax(-1)
+    columns = batch["completion_ids"].shape[1]
+    expected = logps[:, -columns - 1 : -1].gather(-1, batch["completion_ids"][:, :, None])[:, :, 0]
+    alive = batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["ref_per_token_logps"][alive], expected[alive], atol=1e-5, rtol=0)
+    assert trainer.state.log_history[-2]["kl"] > 0
+
+
+def test_full_training_with_beta_has_a_second_model_as_reference(tokenizer, tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    model = br.attach_bridge(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), br.BridgeConfig("bridge", 2, 8))
+    trainer = make_trainer(tokenizer, tmp_path, model=model, train="full", beta=0.1)
+    assert isinstance(trainer.ref_model, torch.nn.Module)
+    assert not has_bridge(trainer.ref_model)
+    trainer.train()
+
+
+def test_lora_trains_adapter_and_blocks_and_keeps_lora_out_of_the_blocks(tokenizer, tmp_path):
+    peft = LoraConfig(target_modules="all-linear", modules_to_save=["bridge"])
+    trainer = make_trainer(tokenizer, tmp_path, train="lora", peft=peft, max_steps=2)
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any(".bridge.modules_to_save." in name for name in trained)
+    assert any("lora_A" in name for name in trained)
+    assert not any("bridge" in name and "lora" in name for name in trained)
+    make_base("llama").save_pretrained(tmp_path / "base")
+    find_state(trainer.model).base_name = str(tmp_path / "base")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    ids = torch.randint(3, 19, (4, 6), generator=torch.Generator().manual_seed(0))
+    loaded = br.load_bridge(tmp_path / "adapter").eval()
+    with torch.no_grad(), group_width(trainer.model, 4), group_width(loaded, 4):
+        torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, atol=1e-6, rtol=0)
+
+
+def test_several_iterations_use_the_sampled_batch_again(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, cls=Recording, num_iterations=2, max_steps=4)
+    trainer.train()
+    assert len(trainer.sampled) == 2
+    assert "old_per_token_logps" in trainer.losses[0]
+
+
+def test_recomputed_logprobs_agree_with_those_of_sampling(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, max_steps=3)
+    trainer.train()
+    found = [entry[names.RECOMPUTE_KL] for entry in trainer.state.log_history if names.RECOMPUTE_KL in entry]
+    assert len(found) == 3
+    assert max(map(abs, found)) < 1e-6
+
+
+def test_the_trainer_logs_every_metric_it_names(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    trainer.train()
+    assert set(names.TRAIN) <= set(trainer.state.log_history[0])
+
+
+def test_cut_rows_stay_visible_and_out_of_the_loss(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, cls=Recording, max_completion_length=3)
+    trainer.mask_truncated = True
+    trainer.train()
+    batch = trainer.losses[0]
+    cut = batch["tool_mask"].flatten(0, 1).sum(1) == 0
+    assert cut.any()
+    assert (batch["completion_mask"].flatten(0, 1)[cut].sum(1) == 3).all()
+
+
+def test_a_bridge_checkpoint_holds_the_blocks_only_and_loads(tokenizer, tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    model = br.attach_bridge(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), br.BridgeConfig("bridge", 2, 8))
+    trainer = make_trainer(tokenizer, tmp_path, model=model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    loaded = dict(br.bridge_parameters(br.load_bridge(tmp_path / "out")))
+    for name, parameter in br.bridge_parameters(trainer.model):
+        assert torch.equal(loaded[name], parameter), name
+
+
+def test_the_card_of_a_full_checkpoint_warns(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, train="full")
+    trainer.save_model(str(tmp_path / "out"))
+    assert "silently drops the blocks" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("train", ["bridge", "full"])
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path, train, stop):
+    """Two iterations over batches that serve two updates, 3 updates an epoch: mid-generation and second epoch."""
+    options = {
+        "per_device_train_batch_size": 16,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_steps": 8,
+        "save_steps": stop,
+        "save_strategy": "steps",
+        "lr_scheduler_type": "constant",
+    }
+    whole = make_trainer(tokenizer, tmp_path, train=train, **options)
+    whole.train()
+    resumed = make_trainer(tokenizer, tmp_path, train=train, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == 8
+    expected = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_accumulation_takes_the_same_step_as_one_batch(tokenizer, tmp_path):
+    """Same groups, one batch of 32 rows or four of 8."""
+    results = []
+    for rows, steps in ((32, 1), (8, 4)):
+        trainer = make_trainer(
+            tokenizer, tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, max_steps=3
+        )
+        trainer.train()
+        results.append({name: p.detach() for name, p in br.bridge_parameters(trainer.model)})
+    for name, parameter in results[0].items():
+        torch.testing.assert_close(results[1][name], parameter, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mask_truncated_completions": True}, "rollout.mask_truncated"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"top_k": 5}, "top_k"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"use_transformers_continuous_batching": True}, "no common token step"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches"),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, "splits groups"),
+    ],
+    ids=str,
+)
+def test_options_that_break_groups_are_refused_with_a_reason(tokenizer, tmp_path, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_trainer(tokenizer, tmp_path, **options)
