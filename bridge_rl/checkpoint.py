@@ -122,8 +122,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The content of `bridge_config.json`. Raises ValueError if it cannot be read."""
     try:
         content = json.loads((directory / CONFIG_FILE).read_text())
-        content["bridge"], content["base"], content["base_fingerprint"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        BridgeConfig(**content["bridge"]), content["base"], content["base_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / CONFIG_FILE} is damaged ({error}): restore the checkpoint.") from error
     return content
 
@@ -137,7 +137,7 @@ def read_blocks(path: Path) -> dict[str, Tensor]:
 
 def _read_shards(directory: Path) -> dict[str, Tensor]:
     """The blocks in a full checkpoint, which may be sharded."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         tensors |= {name: tensor for name, tensor in read_blocks(path).items() if ".bridge." in name}
     return tensors

@@ -1,4 +1,4 @@
-"""`bridge-rl`: train | warmup | eval | generate | demo | doctor. A user's mistake: one sentence and exit code 2."""
+"""`bridge-rl`: train | warmup | eval | generate | serve | demo | doctor."""
 
 import argparse
 import os
@@ -32,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate.add_argument("--temperature", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("prompt")
+    serve = commands.add_parser("serve", help="OpenAI-compatible server: n completions are one group")
+    serve.add_argument("--model", required=True)
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--max-tokens", type=int, default=1024, help="limit of a request")
+    serve.add_argument("--max-width", type=int, default=16, help="limit of a request's n")
     demo = commands.add_parser("demo", help="warm-up, RLVR and evaluation of the embedded model")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
     commands.add_parser("doctor", help="what is installed and what this machine can do")
@@ -50,6 +56,10 @@ def dispatch(args: argparse.Namespace) -> None:
         from bridge_rl.evaluation.command import generate
 
         generate(args)
+    elif args.command == "serve":
+        from bridge_rl.serve import serve
+
+        serve(args)
     elif args.command == "demo":
         from bridge_rl.demo import demo
 

@@ -4,6 +4,7 @@ A recipe may begin with `extends: other.yaml` (relative to itself): its own keys
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,20 @@ from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError
 
 STRICT: dict[str, Any] = {"extra": "forbid"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-6` as the number that it is in YAML 1.2 and JSON; PyYAML alone takes it for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Inverse of `_Loader`: puts quotes around a text such as `1e-6`."""
+
+
+for _cls in (_Loader, _Dumper):
+    _cls.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 @dataclass
@@ -113,6 +128,10 @@ class RolloutSection:
                 f"rollout.top_p is {self.top_p} and rollout.top_k {self.top_k}: the training log-probs know the "
                 "temperature only, so set top_p=1.0 and top_k=0."
             )
+        if self.max_rows is not None and self.max_rows < self.width:
+            raise UserError(
+                f"rollout.max_rows is {self.max_rows}: it must hold a group of {self.width} (rollout.width)."
+            )
 
 
 @dataclass
@@ -137,6 +156,10 @@ class LoraSection:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"lora.r is {self.r}: it must be at least 1.")
 
 
 @dataclass
@@ -168,6 +191,8 @@ class WarmupSection:
             )
         if min(self.problems, self.steps, self.groups_per_step) < 1:
             raise UserError("warmup.problems, warmup.steps and warmup.groups_per_step must be at least 1.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"warmup.max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
 
 
 @dataclass
@@ -191,6 +216,20 @@ class EvaluationSection:
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"evaluation.widths is {self.widths}: name at least one width, each at least 1.")
+        for key in ("problems", "samples", "every", "max_new_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"evaluation.{key} is {value}: it must be at least 1.")
+        if self.max_rows is not None and self.max_rows < max(self.widths):
+            raise UserError(
+                f"evaluation.max_rows is {self.max_rows}: it must hold a group of the largest of evaluation.widths, "
+                f"{max(self.widths)}."
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"evaluation.temperature is {self.temperature} and evaluation.top_p {self.top_p}: the temperature must "
+                "be at least 0, top_p above 0 and at most 1."
+            )
 
 
 @dataclass
@@ -240,6 +279,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise UserError("rewards is empty: name at least one function, such as rewards/answer.py:correct.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: it must be between 0 and 2**32 - 1.")
         if self.bridge is None and self.train == "bridge":
             raise UserError("train is 'bridge' but bridge is null: set train=full or train=lora for a run without it.")
         if self.bridge is None and self.warmup is not None:
@@ -247,7 +288,7 @@ class Recipe:
             self.warmup = None
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -262,21 +303,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_python(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error.errors()[0])}") from error
+        # An unknown key first: it is often why another one is missing.
+        first = min(error.errors(), key=lambda found: found["type"] not in UNKNOWN_KEY)
+        raise UserError(f"{path}: {_sentence(first)}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        raise UserError(f"There is no recipe {path}" + (f": did you mean {path.parent / near[0]}?" if near else "."))
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], 1)
+        place = f" (which {extended_by[-1]} extends)" if extended_by else ""
+        cure = f": did you mean {path.parent / near[0]}.yaml?" if near else "."
+        raise UserError(f"There is no recipe {path}{place}{cure}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is empty or no mapping: a recipe has keys such as model, data and rewards.")
     base = content.pop("extends", None)
-    return content if base is None else _merge(_read_yaml(path.parent / base), content)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise UserError(f"{path}: the key 'extends' is {base!r}: it must name one other recipe.")
+    chain = (*extended_by, path)
+    if (path.parent / base).resolve() in [p.resolve() for p in chain]:
+        raise UserError(f"{path}: the key 'extends' is {base!r}, and that recipe extends this one: break the circle.")
+    return _merge(_read_yaml(path.parent / base, chain), content)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -298,7 +350,15 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(content[section], dict):
             raise UserError(f"The argument '{override}' goes into '{section}', which is not a section.")
         content = content[section]
-    content[last] = yaml.safe_load(value)
+    try:
+        content[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"The argument '{override}' has a value that is not valid YAML: mind quotes and brackets."
+        ) from error
+
+
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def _sentence(error: ErrorDetails) -> str:
@@ -308,7 +368,7 @@ def _sentence(error: ErrorDetails) -> str:
     key = ".".join(keys)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if error["type"] in UNKNOWN_KEY:
         return f"unknown key '{key}'{nearest(keys[-1], _known_keys(keys[:-1]))}"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key '{key}' is missing."

@@ -1,17 +1,23 @@
 """Problems with verifiable answers, from the hub, a file or a function, as prompts for the trainer."""
 
+import inspect
+import json
 import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
 from bridge_rl.config import DataSection, DataSource
 from bridge_rl.errors import UserError
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_FORMATS = (".jsonl", ".json", ".parquet")
 
 
 def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any]]:
@@ -27,17 +33,17 @@ def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any
             raise UserError(
                 f"{key}.{column_key}: {source.path} has no column '{column}', it has {', '.join(sorted(rows[0]))}."
             )
-    if source.shuffle:
-        rows = Dataset.from_list(rows).shuffle(seed=seed).to_list()
-    rows = rows[: source.size]
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist() if source.shuffle else list(range(len(rows)))
+    order = order[: source.size]
     problems = []
-    for number, row in enumerate(rows):
-        problem, answer = row[source.problem_column], _answer(row[source.answer_column], source, key, number)
+    for number in order:
+        problem = rows[number].get(source.problem_column)
+        answer = _answer(rows[number].get(source.answer_column), source, key, number)
         if not isinstance(problem, str) or not problem.strip():
             raise UserError(f"{key}: row {number} of {source.path} has an empty '{source.problem_column}'.")
         problems.append({"problem": problem, "answer": answer})
     if source.check_answers:
-        _check_answers(problems, source, key)
+        _check_answers(problems, order, source, key)
     return problems
 
 
@@ -49,18 +55,50 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
         if path.stat().st_size == 0:
             raise UserError(f"{key}.path: {path} is empty.")
         try:
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train").to_list()
-        except Exception as error:  # datasets wraps pyarrow's and pandas' errors in several unrelated types
-            raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {_first_line(error)}") from error
+            return _read_file(path, f"{key}.path")
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, pyarrow.ArrowException) as error:
+            raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {_first_line(error)}.") from error
+    if path.is_file():
+        raise UserError(f"{key}.path: {path} is no {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file.")
     if ":" in source.path:
-        return list(import_function(source.path, f"{key}.path")(**source.kwargs))
+        function = import_function(source.path, f"{key}.path")
+        try:
+            inspect.signature(function).bind(**source.kwargs)
+        except TypeError as error:
+            raise UserError(f"{key}.kwargs: {source.path} cannot be called with {source.kwargs} ({error}).") from error
+        return list(function(**source.kwargs))
     try:
         return load_dataset(source.path, source.name, split=source.split, revision=source.revision).to_list()
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HfHubHTTPError, DatasetsError) as error:
         raise UserError(
             f"{key}.path: the data set {source.path} cannot be loaded ({_first_line(error)}): check its name, or "
             f"fetch it where there is a network: huggingface-cli download --repo-type dataset {source.path}"
         ) from error
+
+
+def _read_file(path: Path, key: str) -> list[dict[str, Any]]:
+    """Rows of a parquet file, of JSON lines, or of one JSON list."""
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        numbered = list(enumerate(json.loads(text), start=1))
+    else:
+        numbered = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                numbered.append((number, _read_line(line, f"{key}: {path}, line {number},")))
+    for number, row in numbered:
+        if not isinstance(row, dict):
+            raise UserError(f"{key}: {path}, line {number}, is no row with columns.")
+    return [row for _, row in numbered]
+
+
+def _read_line(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is no JSON ({error}): mend or delete the line.") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -72,7 +110,7 @@ def import_function(path: str, key: str) -> Any:
     module_name, _, name = path.partition(":")
     try:
         return getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError, ValueError, TypeError) as error:
         raise UserError(f"{key}: cannot import {path} ({error}).") from error
 
 
@@ -93,13 +131,13 @@ def _answer(value: Any, source: DataSource, key: str, number: int) -> str:
     return answer
 
 
-def _check_answers(problems: list[dict[str, Any]], source: DataSource, key: str) -> None:
+def _check_answers(problems: list[dict[str, Any]], order: list[int], source: DataSource, key: str) -> None:
     from bridge_rl.verify import gold_parses
 
     bad = [n for n, ok in enumerate(gold_parses([row["answer"] for row in problems])) if not ok]
     if bad:
         raise UserError(
-            f"{key}: math-verify cannot read the answer of row {bad[0]} of {source.path}, "
+            f"{key}: math-verify cannot read the answer of row {order[bad[0]]} of {source.path}, "
             f"{problems[bad[0]]['answer']!r} ({len(bad)} such rows): mend them, or set check_answers=false if your "
             "reward does not use math-verify."
         )

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bridge_rl.models import find_file, load_model, load_reward, load_tokenizer
 from bridge_rl.plan import check, describe
 from bridge_rl.report.plots import plot_widths
 from bridge_rl.report.progress import Bar
+from bridge_rl.report.results import provenance
 from bridge_rl.run import load_eval_prompts, train
 
 # Made by `bridge-rl train recipes/tiny_arith_rlvr_only.yaml`: the same steps take as long as the demo itself.
@@ -40,7 +42,10 @@ def demo(output: Path) -> None:
     for name, reports in arms.items():
         print(f"\n{name}\n{as_table(reports)}")
     plot_widths(arms, directory / "widths.png")
-    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; the plot is {directory / 'widths.png'}")
+    minutes = (time.perf_counter() - start) / 60
+    content = {**provenance(), "minutes": minutes, "arms": {n: [asdict(r) for r in rs] for n, rs in arms.items()}}
+    (directory / "demo.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\n{minutes:.1f} minutes; the plot is {directory / 'widths.png'}, the figures are in demo.json beside it")
     print(f"sample it yourself:  bridge-rl generate --model {directory} --width 4 12,35,27,19,31,22:49")
     print(f"send the W&B logs:   wandb sync {directory}/wandb/offline-run-*")
 

@@ -38,6 +38,6 @@ def _gathered(parameter: nn.Parameter) -> Any:
     """The whole parameter, also where ZeRO-3 has partitioned it."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter])

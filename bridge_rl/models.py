@@ -1,6 +1,7 @@
 """Load what a recipe names: the model with its Bridge, its tokenizer, its rewards."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from importlib.resources import files
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.checkpoint import is_bridge_checkpoint, load_bridge, read_config
@@ -24,9 +26,14 @@ def resolve_path(path: str) -> str:
     if not path.startswith(PACKAGE):
         return path
     package, _, inner = path.removeprefix(PACKAGE).partition("/")
+    if not package.isidentifier():
+        raise UserError(f"model.path: '{path}' names no package: write {PACKAGE}NAME/PATH.")
     if importlib.util.find_spec(package) is None:
         raise UserError(f"model.path: the package {package} is not installed: pip install {package.replace('_', '-')}")
-    return str(files(package) / inner) if inner else str(files(package))
+    directory = str(files(package) / inner) if inner else str(files(package))
+    if not Path(directory).is_dir():
+        raise UserError(f"model.path: the package {package} has no directory {inner}: check the path behind its name.")
+    return directory
 
 
 def _load_options(section: ModelSection) -> dict[str, Any]:
@@ -37,8 +44,10 @@ def _load_options(section: ModelSection) -> dict[str, Any]:
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the left."""
+    """The tokenizer, padding on the left; of its base for a Bridge checkpoint that has none."""
     path = resolve_path(section.path)
+    if is_bridge_checkpoint(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = read_config(Path(path))["base"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **_load_options(section))
     except (OSError, ValueError) as error:
@@ -76,22 +85,30 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except UserError:
         raise
+    except SafetensorError as error:
+        raise UserError(f"model.path: {section.path} has damaged weights ({error}): fetch or save it again.") from error
     except (OSError, ValueError) as error:
         raise _cannot_load(section, error) from error
 
 
 def _cannot_load(section: ModelSection, error: Exception) -> UserError:
+    path = Path(section.path)
+    if path.is_absolute() and not path.exists():
+        return UserError(f"model.path: there is no directory {path}.")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(
-        f"model.path: {section.path} cannot be loaded ({reason}): check the name, or fetch it where there is a "
-        f"network: huggingface-cli download {section.path}"
+    cure = (
+        "check what is in it"
+        if path.exists() or section.path.startswith(PACKAGE)
+        else f"check the name, or fetch it where there is a network: huggingface-cli download {section.path}"
     )
+    return UserError(f"model.path: {section.path} cannot be loaded ({reason}): {cure}.")
 
 
 def load_policy(recipe: Recipe) -> PreTrainedModel:
     """The model that a recipe trains: with its Bridge attached (zero-started from the recipe's seed) or loaded.
 
-    Weights that are trained are kept in float32: AdamW's small steps vanish in bfloat16.
+    Weights that are trained are kept in float32: AdamW's small steps vanish in bfloat16. (DeepSpeed keeps float32
+    masters of its own, and wants parameters of one dtype.)
     """
     model = load_model(recipe.model)
     if has_bridge(model) and recipe.bridge is None:
@@ -99,6 +116,8 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     if recipe.bridge is not None and not has_bridge(model):
         torch.manual_seed(recipe.seed)
         attach_bridge(model, recipe.bridge)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return model
     if recipe.train == "full":
         model.float()
     elif has_bridge(model):
@@ -122,12 +141,17 @@ def load_reward(section: RewardSection, number: int) -> Callable[..., list[float
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the user's own file raises
+            raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {error}).") from error
         function = getattr(module, name, None)
         if function is None:
             raise UserError(f"{key}: {path} has no function '{name}'.")
     else:
         function = import_function(section.function, key)
+    if not callable(function):
+        raise UserError(f"{key}: '{section.function}' is a {type(function).__name__}, no function.")
     if not section.kwargs:
         return function
     return update_wrapper(partial(function, **section.kwargs), function)

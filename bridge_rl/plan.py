@@ -2,18 +2,23 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import GRPOConfig
 
-from bridge_rl.config import Recipe
+from bridge_rl.config import DataSource, Recipe
+from bridge_rl.data import FILE_FORMATS, import_function
 from bridge_rl.errors import UserError
-from bridge_rl.models import find_file, load_reward, model_config, resolve_path
+from bridge_rl.models import load_reward, model_config, resolve_path
 from bridge_rl.presets import preset_config
 from bridge_rl.safety import conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
@@ -31,6 +36,20 @@ MANAGED = {
     "eval_steps": "evaluation.every",
     "num_generations_eval": "evaluation.widths",
     "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
+}
+COUNTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "generation_batch_size",
+    "num_iterations",
+)
+# Values that TRL reads in the first step only, long after the warm-up.
+CHOICES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none", True, False),
 }
 GIB = 2**30
 ASSUMED_PROMPT_TOKENS = 512  # the data set is not read for a plan
@@ -78,6 +97,7 @@ class Plan:
 
 def make_plan(recipe: Recipe) -> Plan:
     """Work out a recipe. Raises UserError for a model that has no configuration or a family that is not served."""
+    check_types(recipe)
     config = preset_config(recipe.model.path) or model_config(recipe.model)
     total, new = count_parameters(config, recipe)
     trained = {"bridge": new, "lora": new + lora_parameters(config, recipe.lora.r), "full": total}[recipe.train]
@@ -89,18 +109,47 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def check(recipe: Recipe) -> Plan:
-    """`make_plan`, or UserError with the first conflict."""
+    """`make_plan`, or UserError with the first conflict, here also between the recipe and this machine."""
     plan = make_plan(recipe)
     if plan.conflicts:
         more = f" ({len(plan.conflicts)} conflicts in all: --dry-run lists them)" if len(plan.conflicts) > 1 else ""
         raise UserError(plan.conflicts[0] + more)
+    for key in ("bf16", "fp16"):
+        if recipe.training.get(key) and not torch.cuda.is_available():
+            raise UserError(f"training.{key} is on, but there is no GPU here: leave it out, CPU runs are in float32.")
     return plan
+
+
+def check_types(recipe: Recipe) -> None:
+    """Raise UserError for a value of `training` that GRPOConfig declares to be something else."""
+    for key, value in recipe.training.items():
+        if key in MANAGED or key not in type_hints() or key in CHOICES:
+            continue
+        hint = type_hints()[key]
+        try:
+            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        except ValidationError as error:
+            wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
+            raise UserError(f"training.{key} is {value!r}: it must be of type {wanted}.") from error
+        if key in COUNTS and value is not None and value < 1:
+            raise UserError(f"training.{key} is {value}: it must be at least 1.")
+
+
+@cache
+def type_hints() -> dict[str, Any]:
+    """Types of GRPOConfig's fields by name."""
+    return get_type_hints(GRPOConfig)
 
 
 def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
     """(all, new) parameters, counted on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise UserError(
+                f"model.path: {recipe.model.path} is a '{config.model_type}', no causal language model."
+            ) from error
         if recipe.bridge is not None:
             attach_bridge(model, recipe.bridge)
     return model.num_parameters(), sum(p.numel() for _, p in bridge_parameters(model))
@@ -138,6 +187,7 @@ def work_out_batches(recipe: Recipe) -> Batches:
 
 def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, trained: int) -> Memory:
     """Bytes on one GPU, from counts of parameters and tokens (ZeRO paper, section 3; activations by shape)."""
+    config = config.get_text_config()
     shards = batches.num_processes
     stage = recipe.launch.zero_stage
     shard_optimizer, shard_gradients, shard_weights = (shards if stage >= s else 1 for s in (1, 2, 3))
@@ -150,12 +200,15 @@ def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, t
     tokens = batches.rows_per_micro_batch * (prompt + recipe.rollout.max_new_tokens)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     per_layer = 2 * tokens * hidden
-    one_layer = 2 * tokens * (8 * hidden + 3 * config.intermediate_size)
+    # Some families name neither: their MLP is four times as wide, and every head has its own keys.
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    one_layer = 2 * tokens * (8 * hidden + 3 * inner)
     checkpointing = recipe.training.get("gradient_checkpointing", True)
     activations = layers * per_layer + one_layer if checkpointing else layers * one_layer
 
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    per_token = 2 * 2 * layers * config.num_key_value_heads * head_dim
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * 2 * layers * kv_heads * head_dim
     rows = min(recipe.rollout.max_rows or 10**9, batches.groups_per_rank * recipe.rollout.width)
     kv_cache = per_token * rows * (prompt + recipe.rollout.max_new_tokens)
     if stage == 3:
@@ -172,6 +225,8 @@ def unknown_options(recipe: Recipe) -> Iterator[str]:
         elif key not in known:
             near = difflib.get_close_matches(key, known, 1)
             yield f"unknown key 'training.{key}'" + (f": did you mean '{near[0]}'?" if near else ".")
+        elif key in CHOICES and recipe.training[key] not in CHOICES[key]:
+            yield f"training.{key} is {recipe.training[key]!r}: use one of {', '.join(map(str, CHOICES[key]))}."
 
 
 def batch_conflicts(recipe: Recipe, batches: Batches) -> list[str]:
@@ -203,9 +258,31 @@ def file_conflicts(recipe: Recipe) -> list[str]:
     if recipe.warmup is not None:
         sources["warmup.data"] = recipe.warmup.data
     for key, source in sources.items():
-        if source is not None and source.path.endswith((".jsonl", ".json", ".parquet")) and not find_file(source.path):
-            found.append(f"{key}.path: there is no file {source.path}.")
+        if source is not None:
+            found += source_conflicts(source, key)
+    output = Path(recipe.output_dir)
+    if output.exists() and not output.is_dir():
+        found.append(f"output_dir: {output} is a file: name a directory.")
     return found
+
+
+def source_conflicts(source: DataSource, key: str) -> Iterator[str]:
+    """What is wrong with a source as far as it shows without reading the data."""
+    if source.path.endswith(FILE_FORMATS):
+        if not Path(source.path).is_file():
+            yield f"{key}.path: there is no file {source.path}."
+    elif ":" in source.path:
+        try:
+            import_function(source.path, f"{key}.path")
+        except UserError as error:
+            yield str(error)
+    if source.size is not None and source.size < 1:
+        yield f"{key}.size is {source.size}: it must be at least 1."
+    try:
+        if source.answer_pattern is not None and re.compile(source.answer_pattern).groups < 1:
+            yield f"{key}.answer_pattern is {source.answer_pattern!r}: put the answer's place in parentheses."
+    except re.error as error:
+        yield f"{key}.answer_pattern is {source.answer_pattern!r}, no regular expression: {error}."
 
 
 def describe(recipe: Recipe, plan: Plan) -> str:

@@ -26,6 +26,7 @@ from bridge_rl.evaluation.run import SampledGroup, aggregate, num_completions, s
 from bridge_rl.models import find_file, load_policy, load_reward, load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar, RewardProgress
+from bridge_rl.report.results import provenance
 from bridge_rl.report.tracking import start_tracking
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
@@ -291,7 +292,9 @@ def make_evaluator(
         reports = aggregate(groups)
         if trainer.accelerator.is_main_process:
             directory = Path(recipe.output_dir) / "evaluation" / f"step_{trainer.state.global_step:06d}"
-            write_results(directory, groups, reports, {"step": trainer.state.global_step, "seed": recipe.seed})
+            write_results(
+                directory, groups, reports, {"step": trainer.state.global_step, "seed": recipe.seed} | provenance()
+            )
         return {
             names.evaluation(metric, report.width): estimate.value
             for report in reports

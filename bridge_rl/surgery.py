@@ -11,7 +11,6 @@ Which rows think together travels as the keyword `bridge_alive` ([G, N, T] bool,
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,7 +62,6 @@ class BridgedLayer:
         return block(output, bridge_alive)
 
 
-@lru_cache
 def bridged_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a decoder layer that runs its block. It keeps the name, by which FSDP wraps layers."""
     return type(cls.__name__, (BridgedLayer, cls), {"__module__": cls.__module__})
@@ -87,12 +85,13 @@ def attach_bridge(model: PreTrainedModel, config: BridgeConfig) -> PreTrainedMod
     carriers = layer_indices(config, len(backbone.layers))
     state = BridgeState(config, fingerprint(model), str(getattr(model.config, "_name_or_path", "")))
     hidden_size = model.config.get_text_config().hidden_size
+    classes = {cls: bridged_class(cls) for cls in {type(layer) for layer in backbone.layers}}
     for index, layer in enumerate(backbone.layers):
         if index in carriers:
             weight = next(layer.parameters())
             layer.bridge = BLOCKS[config.kind](hidden_size, config, device=weight.device, dtype=model.dtype)
         layer.bridge_state = state
-        layer.__class__ = bridged_class(type(layer))
+        layer.__class__ = classes[type(layer)]
     backbone.bridge_state = state
     backbone.register_forward_pre_hook(_give_alive, with_kwargs=True)
     model.config.bridge = config.to_dict()

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -74,6 +74,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     _tag_names: ClassVar = ["trl", "grpo", "bridge"]
     _name = "Bridge GRPO"
+    control: TrainerControl
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """`bridge-rl eval` and `bridge-rl generate`."""
 
 import argparse
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bridge_rl.evaluation.run import aggregate, as_table, eos_ids, num_completio
 from bridge_rl.models import load_model, load_reward, load_tokenizer, resolve_path
 from bridge_rl.report.plots import plot_widths
 from bridge_rl.report.progress import Bar
+from bridge_rl.report.results import provenance
 from bridge_rl.rollout import SamplingParams, generate_groups
 
 # The suite that ships with the project; any other is a file of problems whose answers math-verify reads.
@@ -68,7 +68,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "suite": args.suite,
         "temperature": args.temperature,
         "seed": args.seed,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        **provenance(),
     }
     write_results(directory, groups, reports, meta)
     plot_widths({Path(args.model).name: reports}, directory / "widths.png")

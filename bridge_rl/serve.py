@@ -1,0 +1,171 @@
+"""`bridge-rl serve`: an OpenAI-compatible HTTP server in which `n` is the width of one group of completions.
+
+Deviations from OpenAI's: fields other than those below are refused; `max_tokens` is by default the server's limit;
+`logprobs` gives each sampled token's log-prob at the sampling temperature, EOS included, and no alternatives; the
+response has the `seed` that repeats it. Requests run one after another.
+"""
+
+import argparse
+import secrets
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bridge_rl.data import prompt_tokens
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.command import load_for_sampling
+from bridge_rl.evaluation.run import eos_ids
+from bridge_rl.rollout import SamplingParams, generate_groups
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+except ModuleNotFoundError as error:
+    raise UserError(f"bridge-rl serve needs {error.name}: pip install 'bridge-rl[serve]'") from error
+
+# Below these the scaled logits overflow and no token is left in float32.
+MIN_TEMPERATURE, MIN_TOP_P = 0.01, 1e-6
+# Bounded also because pydantic refuses lone surrogates, which tokenizers cannot read, only in a bounded string.
+Text = Annotated[str, Field(max_length=2**24)]
+
+
+class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+    """What both endpoints take."""
+
+    model: str | None = None
+    n: int = 1
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: bool | int | None = None
+
+
+class CompletionFields(Fields):
+    prompt: Text
+
+
+class Message(BaseModel, extra="forbid", strict=True):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class ChatFields(Fields):
+    messages: list[Message] = Field(min_length=1)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Load `args.model` and serve it at `args.host`, `args.port` until interrupted."""
+    model, tokenizer = load_for_sampling(args.model)
+    app = make_app(model, tokenizer, args.model, args.max_tokens, args.max_width)
+    uvicorn.run(app, host=args.host, port=args.port)
+
+
+def make_app(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, max_tokens: int, max_width: int
+) -> FastAPI:
+    """The application that serves `model` as `name`: at most `max_width` completions of `max_tokens` a request."""
+    if max_tokens < 1 or max_width < 1:
+        raise UserError(f"--max-tokens is {max_tokens} and --max-width is {max_width}: both must be at least 1.")
+    app = FastAPI(title="bridge-rl")
+    for mistake in (UserError, RequestValidationError):
+        app.add_exception_handler(mistake, refuse)
+    lock = Lock()  # one model: its mode, and the tokenizer's settings, are shared by all requests
+    eos, created = eos_ids(model, tokenizer), int(time.time())
+    # Models without position embeddings declare no limit.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def answer(fields: Fields, prompt: Any, prefix: str, kind: str, choice: Callable[..., Any]) -> JSONResponse:
+        check_fields(fields, name, max_tokens, max_width)
+        seed = secrets.randbits(31) if fields.seed is None else fields.seed
+        with lock:
+            [ids] = prompt_tokens(tokenizer, [prompt])
+            room = max_tokens if context is None else context - len(ids)
+            limit = min(max_tokens, room) if fields.max_tokens is None else fields.max_tokens
+            if room < max(1, limit):
+                raise UserError(f"max_tokens: the prompt has {len(ids)} tokens, which leaves {room} of {context}.")
+            params = SamplingParams(limit, fields.temperature, fields.top_p, seed=seed, eos_token_id=eos)
+            [group] = generate_groups(model, [ids], fields.n, params)
+            # 0 is not off: OpenAI's completions mean the sampled tokens without alternatives by it.
+            logprobs = [None] * fields.n if fields.logprobs is None or fields.logprobs is False else group.logprobs
+            rows = [choice(tokenizer, *row) for row in zip(group.tokens, logprobs, strict=True)]
+        for index, row in enumerate(rows):
+            row |= {"index": index, "finish_reason": group.finish_reasons[index]}
+        used = sum(map(len, group.tokens))
+        usage = {"prompt_tokens": len(ids), "completion_tokens": used, "total_tokens": len(ids) + used}
+        head = {"id": f"{prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
+        return JSONResponse({**head, "seed": seed, "choices": rows, "usage": usage})
+
+    @app.post("/v1/completions")
+    def completions(fields: CompletionFields) -> JSONResponse:
+        return answer(fields, fields.prompt, "cmpl", "text_completion", text_choice)
+
+    @app.post("/v1/chat/completions")
+    def chat_completions(fields: ChatFields) -> JSONResponse:
+        if tokenizer.chat_template is None:
+            raise UserError(f"{name} has no chat template: use /v1/completions.")
+        messages = [message.model_dump() for message in fields.messages]
+        try:
+            return answer(fields, messages, "chatcmpl", "chat.completion", chat_choice)
+        except TemplateError as error:  # templates refuse orders of roles that they do not know
+            raise UserError(f"messages: the model's chat template refuses them: {error}") from error
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": created, "owned_by": "bridge-rl"}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return app
+
+
+def check_fields(fields: Fields, name: str, max_tokens: int, max_width: int) -> None:
+    """Raise UserError naming the field that is out of the server's range."""
+    if fields.model not in (None, name):
+        raise UserError(f"model is {fields.model!r}: this server has {name!r}.")
+    ranges = {"n": (1, max_width), "max_tokens": (1, max_tokens), "top_p": (MIN_TOP_P, 1), "logprobs": (0, 1)}
+    for key, (low, high) in (ranges | {"seed": (0, 2**63 - 1)}).items():
+        value = getattr(fields, key)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{key} is {value}: it must be from {low} to {high}.")
+    if 0 < fields.temperature < MIN_TEMPERATURE:
+        raise UserError(f"temperature is {fields.temperature}: it must be 0 (greedy) or at least {MIN_TEMPERATURE}.")
+
+
+def refuse(request: Request, error: Exception) -> JSONResponse:
+    """400 in OpenAI's shape, with a sentence for each field at fault."""
+    sentences = [] if isinstance(error, RequestValidationError) else [str(error)]
+    for fault in error.errors() if isinstance(error, RequestValidationError) else ():
+        field = ".".join(map(str, fault["loc"][1:])) or "body"
+        unknown = fault["type"] == "extra_forbidden"
+        sentences.append(f"'{field}' is not served: leave it out." if unknown else f"'{field}': {fault['msg']}.")
+    return JSONResponse({"error": {"message": " ".join(sentences), "type": "invalid_request_error"}}, status_code=400)
+
+
+def text_choice(tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float] | None) -> dict[str, Any]:
+    """One row as completions have it."""
+    choice = {"text": tokenizer.decode(tokens, skip_special_tokens=True), "logprobs": None}
+    if logprobs is not None:
+        pieces = [tokenizer.decode([token]) for token in tokens]
+        choice["logprobs"] = {"tokens": pieces, "token_logprobs": logprobs}
+    return choice
+
+
+def chat_choice(tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float] | None) -> dict[str, Any]:
+    """One row as chat completions have it."""
+    choice = text_choice(tokenizer, tokens, logprobs)
+    if logprobs is not None:
+        pairs = zip(choice["logprobs"]["tokens"], logprobs, strict=True)
+        choice["logprobs"] = {"content": [{"token": t, "logprob": x, "top_logprobs": []} for t, x in pairs]}
+    return {"message": {"role": "assistant", "content": choice.pop("text")}, **choice}

@@ -1,0 +1,275 @@
+r"""Find the answer in a completion, bring it into a common form, decide the easy pairs. Pure, no sympy.
+
+A completion's answer is, in this order: the last `\boxed{...}`; what follows the last `####` or "answer is"; the whole
+text if it is one bare expression; else its tail, in which the worker lets math-verify look. A last box that is left
+open (the completion was cut there), empty boxes alone, or one longer than MAX_CHARS give no answer at all: falling back
+to the working would reward a guess at what the writer meant.
+
+Numbers (integers, decimals, fractions of integers) and words are decided here; everything else goes to a worker.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+MAX_CHARS = 1000  # of an answer; a thousand nested parentheses already take sympy's parser 13 s
+TAIL_CHARS = 300  # of prose without a marked answer
+DECIMALS = 6  # to which decimals are compared, as in math-verify
+RELATIVE = Fraction(1, 10_000)  # and what they may differ by beside that, so that 1e-8 is not 2e-8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` in the common form of `clean`, except when it is `prose` in which an answer has yet to be found."""
+
+    text: str
+    prose: bool = False
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion as TRL hands it to rewards: a string, or the messages of a chat."""
+    if isinstance(completion, str):
+        return completion
+    return completion[-1]["content"] or "" if completion else ""
+
+
+# -- extraction -------------------------------------------------------------------------------------------------------
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
+_ANSWER_IS = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:)[\s:*]*(?=\S)", re.IGNORECASE)
+_DELIMITED = re.compile(
+    r"\$\$((?:\\.|[^$\\])+)\$\$|\$((?:\\.|[^$\\])+)\$|\\\[((?:(?!\\\]).)+)\\\]|\\\(((?:(?!\\\)).)+)\\\)", re.DOTALL
+)
+_SENTENCE_END = re.compile(r"[.!?;]?\s*$|[.!?;]\s")
+_GROUP_OF_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+def extract_answer(completion: str) -> str | None:
+    """The answer that `completion` marks, or all of it if it is one bare expression; None for anything else."""
+    answer = find_answer(completion)
+    return None if answer is None or answer.prose else answer.text
+
+
+def find_answer(completion: str) -> Answer | None:
+    """The answer, or the prose it may stand in; None if there is nothing to look at (see the module's docstring)."""
+    completion = completion.strip()
+    if _BOX.search(completion):
+        return _marked(last_box(completion))
+    after_thinking = completion.rpartition("</think>")[2].strip()
+    text = after_thinking or completion
+    if hashes := _HASHES.findall(text):
+        return _bare_or_prose(hashes[-1])
+    if marks := list(_ANSWER_IS.finditer(text)):
+        return _bare_or_prose(_clause(text[marks[-1].end() :]), "The answer is ")
+    return _bare_or_prose(text)
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{}` that is not empty, as written; None if it is left open or there is none."""
+    boxes = _boxes(text)
+    return boxes[-1] if boxes else None
+
+
+def count_boxes(text: str) -> int | None:
+    r"""How many `\boxed{}` that are not empty; None if one is left open. Boxes inside a box belong to it."""
+    boxes = _boxes(text)
+    return None if boxes is None else len(boxes)
+
+
+def _boxes(text: str) -> list[str] | None:
+    contents, position = [], 0
+    while match := _BOX.search(text, position):
+        end = closing_brace(text, match.end())
+        if end is None:
+            return None
+        contents.append(text[match.end() : end].strip())
+        position = end
+    return [content for content in contents if content]
+
+
+def closing_brace(text: str, start: int) -> int | None:
+    r"""Where the group that is open at `start` closes. `\{` and `\}` are no braces."""
+    depth = 1
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return None
+
+
+def _clause(rest: str) -> str:
+    """What stands after "the answer is": a formula between delimiters, else up to the end of the sentence."""
+    if formula := _DELIMITED.match(rest):
+        return _inside(formula)
+    line = rest.split("\n", 1)[0]
+    end = _SENTENCE_END.search(line)
+    return line[: end.start()] if end else line
+
+
+def _inside(formula: re.Match[str]) -> str:
+    return next(group for group in formula.groups() if group is not None).strip()
+
+
+def _marked(text: str | None) -> Answer | None:
+    return Answer(clean(text)) if text and len(text) <= MAX_CHARS else None
+
+
+def _bare_or_prose(text: str, introduction: str = "") -> Answer | None:
+    """`text` as an answer if it is one expression, else as prose; `introduction` tells math-verify where to look."""
+    whole = _DELIMITED.fullmatch(text.rstrip("."))
+    formula = _inside(whole) if whole else text.strip()
+    dollars = "$" in formula.replace(r"\$", "").lstrip("$")
+    lines = "\n" in formula and r"\begin" not in formula
+    if len(formula) <= MAX_CHARS and not dollars and not lines and len(_words(formula)) < 2:
+        return _marked(formula)
+    tail = text[-TAIL_CHARS:]
+    # math-verify reads LaTeX between delimiters only: of a bare `2\sqrt{3}` it would take the 2.
+    undelimited = re.search(r"\\[A-Za-z]", _DELIMITED.split(tail)[-1])
+    return None if undelimited else Answer(introduction + tail, prose=True)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(_GROUP_OF_TEXT.sub(" ", text))
+
+
+def gold_answer(gold: str) -> Answer | None:
+    """The reference answer: as given, freed of its own box if it has one. None if it is empty, too long or unclosed."""
+    gold = gold.strip()
+    if _BOX.match(gold) and (boxed := last_box(gold)) is not None and gold.endswith("}"):
+        gold = boxed
+    text = clean(gold).strip("$") if len(gold) <= MAX_CHARS else ""
+    return Answer(text) if text and closing_brace(text + "}", 0) == len(text) else None
+
+
+# -- common form ------------------------------------------------------------------------------------------------------
+
+_SIGNS = str.maketrans(
+    {
+        "\N{MINUS SIGN}": "-",
+        "\N{EN DASH}": "-",
+        "\N{MULTIPLICATION SIGN}": r"\times ",
+        "\N{MIDDLE DOT}": r"\cdot ",
+        "\N{GREEK SMALL LETTER PI}": r"\pi ",
+        "\N{INFINITY}": r"\infty ",
+        "\N{EMPTY SET}": r"\emptyset ",
+    }
+)
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
+_THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
+_SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
+_COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
+# A word that changes the number it follows, so that the two are no number with a unit.
+_SCALES = re.compile(
+    r"\b(?:hundred|thousand|million|billion|trillion|dozen|percent|percentage|pct|score|half|third|quarter|and|sqrt)s?\b"
+)
+
+
+def clean(text: str) -> str:
+    r"""LaTeX with the same meaning in the form that math-verify reads: `10\,000`, `1e3`, `0.\overline{3}`, `oo`."""
+    text = text.strip().translate(_SIGNS).strip("*").strip()
+    while (whole := _DELIMITED.fullmatch(text)) is not None:
+        text = _inside(whole)
+    text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
+    if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
+        text = text[:-1].rstrip()
+    text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
+    text = re.sub(r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty ", text)
+    text = _REPEATING.sub(_repeating_fraction, text)
+    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    if _THOUSANDS_COMMA.fullmatch(text):
+        text = text.replace(",", "")
+    text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
+    if (counted := _COUNTED.fullmatch(text)) and not _SCALES.search(text):
+        text = counted[1]
+    return text
+
+
+def _repeating_fraction(match: re.Match[str]) -> str:
+    whole, fixed, cycle = match.groups()
+    shift = 10 ** len(fixed)
+    value = Fraction(int((whole or "0") + fixed), shift) + Fraction(int(cycle), shift * (10 ** len(cycle) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def canonical(text: str) -> str:
+    """A cleaned answer for comparison as a string: no spacing, no sizes, no decoration."""
+    text = re.sub(r"\\(?:left|right|[Bb]igg?[lr]?)(?![A-Za-z])", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[,;:! ]|~", " ", text)
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+# -- the fast path ----------------------------------------------------------------------------------------------------
+
+_DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
+_RATIO = re.compile(r"([-+]?)(?:\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}|(\d+)\s*/\s*(\d+))")
+_POWER_OF_TEN = re.compile(r"([-+]?(?:\d+(?:\.\d+)?|\.\d+))\s*\\(?:times|cdot)\s*10\^(?:\{([-+]?\d{1,3})\}|(\d))")
+_IN_BASE = re.compile(r"(\d[0-9A-Za-z]*)_(?:\{([1-9]\d?)\}|([1-9]\d?))")
+_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-])*")
+_MIN_WORD = 4  # letters: `xyz` is a product, `none` a word
+
+
+def decide(prediction: Answer, gold: Answer) -> bool | None:
+    """The verdict on two numbers or words; None if the pair needs a worker."""
+    if prediction.prose:
+        return None
+    if (gold_number := number(gold.text)) is not None and (given := number(prediction.text)) is not None:
+        return numbers_agree(given, gold_number)
+    if (gold_base := _in_base(gold.text)) is not None and (given_base := _in_base(prediction.text)) is not None:
+        return gold_base == given_base
+    gold_word, given_word = word(gold.text), word(prediction.text)
+    return None if gold_word is None or given_word is None else gold_word == given_word
+
+
+def readable(gold: Answer) -> bool:
+    """Whether `gold` is a number or a word, which needs no parser."""
+    return number(gold.text) is not None or word(gold.text) is not None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value, and whether it was written without a decimal point."""
+
+    value: Fraction
+    exact: bool
+
+
+def number(text: str) -> Number | None:
+    """The value of a plain number in cleaned form."""
+    if _DECIMAL.fullmatch(text):
+        return Number(Fraction(text.rstrip(".")), "." not in text)
+    if match := _RATIO.fullmatch(text):
+        sign, above, below = match[1], int(match[2] or match[4]), int(match[3] or match[5])
+        return Number((-1 if sign == "-" else 1) * Fraction(above, below), True) if below else None
+    if match := _POWER_OF_TEN.fullmatch(text):
+        return Number(Fraction(match[1]) * Fraction(10) ** int(match[2] or match[3]), False)
+    return None
+
+
+def numbers_agree(a: Number, b: Number) -> bool:
+    """Equal, or equal to DECIMALS decimals and within RELATIVE if one of them is a decimal."""
+    if a.value == b.value or (a.exact and b.exact):
+        return a.value == b.value
+    near = abs(a.value - b.value) <= RELATIVE * max(abs(a.value), abs(b.value))
+    return near and round(a.value, DECIMALS) == round(b.value, DECIMALS)
+
+
+def _in_base(text: str) -> int | None:
+    match = _IN_BASE.fullmatch(text)
+    try:
+        return int(match[1], int(match[2] or match[3])) if match else None
+    except ValueError:  # no such base, or a digit it lacks
+        return None
+
+
+def word(text: str) -> str | None:
+    r"""A word or phrase (`\text{Monday}`, `no solution`) in comparable form; None if it may be a product of symbols."""
+    plain = re.sub(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}", r"\1", text).replace("\\ ", " ").strip().rstrip(".")
+    if not _WORDS.fullmatch(plain) or len(plain) < _MIN_WORD or "\\" in plain:
+        return None
+    return "".join(plain.casefold().split())

@@ -1,0 +1,11 @@
+"""The embedded task: 1.0 if the completion ends in a pair that makes the problem's sum."""
+
+from typing import Any
+
+from bridge_rl.tiny.task import is_correct
+from bridge_rl.verify.answer import completion_text
+
+
+def correct(completions: list[Any], problem: list[str], **kwargs: Any) -> list[float]:
+    """1.0 or 0.0 a completion."""
+    return [float(is_correct(p, completion_text(c))) for p, c in zip(problem, completions, strict=True)]

@@ -1,0 +1,127 @@
+"""A whole run on a small scale, as the command line does it."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import wandb
+
+import bridge_rl as br
+from bridge_rl.cli import main
+from bridge_rl.config import load_recipe
+from bridge_rl.report import names
+from bridge_rl.report.tracking import start_tracking
+
+SMALL = [
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=16",
+    "training.logging_steps=1",
+    "warmup.problems=32",
+    "warmup.steps=3",
+    "warmup.groups_per_step=4",
+    "evaluation.problems=4",
+    "evaluation.samples=4",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    main(["train", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={output}", "logging.wandb=offline"])
+    wandb.finish()
+    return output
+
+
+def test_a_run_leaves_recipe_history_evaluation_and_a_model_that_loads(finished):
+    assert load_recipe(finished / "recipe.yaml").training["max_steps"] == 2
+    history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert set(names.TRAIN) <= set(history[0])
+    assert {names.evaluation(m, w) for m in ("pass@1", "any", "all") for w in (1, 2, 4, 8)} <= set(history[-1])
+    results = json.loads((finished / "evaluation" / "step_000002" / "results.json").read_text())
+    assert [report["width"] for report in results["widths"]] == [1, 2, 4, 8]
+    assert {"commit", "hardware", "versions", "command"} <= set(results)
+    samples = (finished / "evaluation" / "step_000002" / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 4 * (4 + 2 + 1 + 1)
+    model = br.load_bridge(finished)
+    assert any(p.abs().sum() > 0 for name, p in br.bridge_parameters(model) if "o_proj" in name)
+
+
+def test_the_warmup_data_can_be_inspected_and_is_used_again(finished, tmp_path, capsys):
+    groups = finished / "warmup" / "groups.jsonl"
+    assert len(groups.read_text().splitlines()) == 32
+    main(["warmup", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={tmp_path}", f"warmup.path={groups}"])
+    first, second = (dict(br.bridge_parameters(br.load_bridge(d / "warmup"))) for d in (finished, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_wandb_offline_has_the_metrics_and_the_table_by_group(finished):
+    [run] = (finished / "wandb").glob("offline-run-*")
+    [log] = run.glob("*.wandb")
+    content = log.read_bytes()
+    for name in names.TRAIN:
+        assert name.encode() in content, name
+
+
+def test_online_without_a_key_goes_offline_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=None))
+    start_tracking(load_recipe("recipes/tiny_arith.yaml", ["logging.wandb=online", f"output_dir={tmp_path}"]))
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert "there is no API key" in capsys.readouterr().out
+
+
+def test_eval_writes_table_json_and_plot(finished, tmp_path, capsys):
+    options = ["--widths", "1,2", "--samples", "2", "--problems", "4", "--output", str(tmp_path)]
+    main(["eval", "--model", str(finished), *options])
+    assert "width" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples.jsonl", "widths.png"}
+
+
+def test_generate_prints_one_group(finished, capsys):
+    main(["generate", "--model", str(finished), "--width", "3", "--max-new-tokens", "32", "12,35,27,19,31,22:49"])
+    assert capsys.readouterr().out.count("--- row") == 3
+
+
+def test_doctor_samples_and_verifies(capsys):
+    main(["doctor"])
+    assert "1/2 = 0.5 is True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("control", ["rlvr_only", "pmatch"])
+def test_the_controls_run(control, tmp_path):
+    main(["train", f"recipes/tiny_arith_{control}.yaml", *SMALL, f"output_dir={tmp_path}", "data.eval=null"])
+    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "bridge_config.json").is_file() == (control == "pmatch")
+
+
+def test_lora_and_bridge_only_run_from_the_recipe(tmp_path):
+    for train in ("lora", "bridge"):
+        output = tmp_path / train
+        main(["train", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={output}", f"train={train}", "data.eval=null"])
+        assert br.load_bridge(output) is not None
+
+
+def test_a_run_killed_after_a_checkpoint_goes_on_by_itself(tmp_path):
+    options = [*SMALL, "data.eval=null", "training.save_strategy=steps", "training.save_steps=1"]
+    main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={tmp_path}", "training.max_steps=1"])
+    main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={tmp_path}", "training.max_steps=3"])
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_smollm2_takes_three_rlvr_steps(tmp_path):
+    """Real weights (GGUF, from a package), real word problems, real log-probs."""
+    main(["train", "recipes/smollm2_135m.yaml", f"output_dir={tmp_path}", "data.eval=null"])
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    steps = [entry for entry in history if "loss" in entry]
+    assert len(steps) == 3
+    assert all(torch.isfinite(torch.tensor([entry["loss"], entry["grad_norm"]])).all() for entry in steps)
+    assert all(abs(entry[names.RECOMPUTE_KL]) < 1e-4 for entry in steps)
+    from safetensors.torch import load_file
+
+    blocks = load_file(tmp_path / "bridge.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in blocks.items() if "o_proj" in name)

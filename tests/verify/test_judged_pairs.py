@@ -1,0 +1,146 @@
+r"""(gold, prediction, verdict): the conventions of math answers, and what is known to be judged otherwise.
+
+Predictions without a space before a backslash are bare answers and are boxed by the test.
+"""
+
+import pytest
+
+from bridge_rl.verify import gold_parses, verify_answers
+
+RIGHT = [
+    # numbers
+    ("42", "42"), ("42", "42.0"), ("-3", "\N{MINUS SIGN}3"), ("1000", "1,000"), ("10000", r"10\,000"),
+    ("1234567", "1,234,567"), ("11111", r"11,\! 111"), ("1000", "1e3"), ("1e-8", "0.00000001"), ("1500", r"1.5 \times 10^3"),
+    ("10^{-8}", "0.00000001"), (r"\frac{1}{3}", r"0.\overline{3}"), (r"\frac{1}{3}", "0.333333"), (r"\frac{3}{4}", "6/8"),
+    ("0.75", r"\frac34"), (r"\frac{-1}{2}", r"-\frac{1}{2}"), (r"1\frac{1}{2}", "1.5"), (r"\frac{7}{2}", r"3\frac{1}{2}"),
+    ("101_2", "101_2"), ("8", "2^3"), ("120", "5!"), ("10", r"\binom{5}{2}"), ("007", "7"),
+    # percentages, money, units
+    (r"50\%", "0.5"), (r"50\%", "50"), ("5", r"\$5"), ("5", r"5\text{ cm}"), ("90", r"90^\circ"), ("12", "12 square units"),
+    ("60", r"60 \text{ miles per hour}"),
+    # surds, pi, powers, logarithms
+    (r"2\sqrt{3}", r"2\sqrt{3}"), (r"2\sqrt{3}", r"\sqrt{12}"), (r"\frac{\sqrt{3}}{2}", r"\frac{1}{2}\sqrt 3"),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"), (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3"), (r"\frac{\pi}{2}", r"\pi/2"),
+    (r"16\pi", "16\N{GREEK SMALL LETTER PI}"), (r"\log_2 8", "3"), ("2^{10}", "1024"), (r"e^{2}", r"\exp(2)"),
+    # expressions
+    ("x^2+2x+1", "(x+1)^2"), ("x^2+1", "1+x^2"), (r"\sin^2 x", r"1-\cos^2 x"), (r"\cot x", r"\frac{1}{\tan x}"),
+    ("|x|", r"\sqrt{x^2}"), (r"\frac{x}{y}", "x/y"), ("2(x+y)", "2x+2y"), ("3+4i", "4i+3"), ("f(x)=x+1", "x+1"),
+    # equations
+    ("5", "x=5"), ("x=5", "5"), ("y=2x+1", "y=1+2x"), ("2x+1", "y=2x+1"), ("5", "2+3=5"), ("1.414", r"\sqrt{2}=1.414"),
+    ("x+y=1", "y+x=1"), (r"x=1 \text{ or } x=2", "1, 2"),
+    # tuples, sets, intervals, matrices
+    ("(3,4)", r"\left( 3, 4 \right)"), ("(4,3)", "(4,3)"), ("1,2", "2,1"), ("1,2", r"\{1,2\}"), (r"\{1,2\}", r"1 \text{ and } 2"),
+    (r"(\frac12, 3)", "(0.5,3)"), ("(1,2,3)", "(1, 2, 3)"), (r"1 \pm \sqrt{2}", r"1+\sqrt2, 1-\sqrt2"),
+    (r"\varnothing", r"\emptyset"), (r"\emptyset", r"\varnothing"), (r"\emptyset", r"\{\}"), (r"(3,\infty)", "x>3"),
+    ("x>3", "(3,oo)"), ("(3,oo)", "x>3"), ("[1,2]", r"1\le x\le 2"), ("[1,2]", r"x \in [1,2]"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"), (r"\infty", "oo"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"), ("x>3", "3<x"), (r"x \ge 3", r"3 \leq x"),
+    # words and choices
+    ("Monday", r"\text{Monday}"), (r"\text{even}", "Even"), ("no solution", r"\text{No Solution}"), ("A", "(A)"),
+    ("A", r"\text{(A)}"), (r"\text{(B)}", "B"), ("12:30", "12:30"), ("a,b", "b,a"),
+]  # fmt: skip
+
+WRONG = [
+    ("42", "43"), ("42", "-42"), ("42", "42.5"), ("1e-8", "2e-8"), ("10^{-8}", "0.00000002"), ("1000", "10000"),
+    (r"\frac{1}{3}", "0.33"), ("3.14159", "3.14"), (r"\pi", "3.14"), (r"\pi", r"\pi+10^{-20}"), ("101_2", "101_3"),
+    ("2", "3=2"), ("2", "x=3=2"), ("2", r"2\sqrt{3}"), (r"2\sqrt{3}", "2"), (r"\frac{\pi}{2}", "2"), (r"\frac{\pi}{2}", r"\pi"),
+    ("13", r"7^{10} \bmod 13"), (r"\frac{1}{2}", r"foo(\frac{1}{2}"), (r"\frac{3}{4}", r"\frac{4}{3}"), ("x^2", "y^2"),
+    ("x^2+1", "x^2-1"), ("(x+1)^2", "x^2+1"), ("x=5", "y=5"), ("y=2x+1", "y=2x-1"), ("(3,4)", "(4,3)"), ("(4,3)", "(3,4)"),
+    ("(3,4)", "[3,4]"), ("(1,2,3)", "(1,2)"), (r"\{1,2\}", r"\{1,2,3\}"), ("6,7", "6"), ("6", r"6 \text{ or } 7"),
+    (r"(3,\infty)", r"x\ge 3"), ("x>3", "x<3"), (r"-\infty", r"\infty"), (r"\emptyset", "0"), ("A", "B"), ("Monday", "dynamo"),
+    ("Monday", "Tuesday"), ("5", "5 million"), ("5", "1/0"), ("1/0", "5"), ("3+4i", "3-4i"), (r"\sqrt{2}", "1.41"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"), ("2^{10}", "1023"), ("42", ""), ("0", ""),
+    (r"16\pi", "16"), ("16", r"16\pi"), ("120", "5"),
+]  # fmt: skip
+
+KNOWN_LIMITS = [
+    # right and refused
+    (r"(-\infty,2)\cup(3,\infty)", r"x<2 \text{ or } x>3", False), (r"\ln 2", r"\log 2", False),
+    # wrong and accepted
+    ("2", "x+1=2", True), ("(1,2)", "1,2", True), ("(1,2)", r"\{1,2\}", True), ("on", r"\text{no}", True),
+    (r"\pi", r"\pi+10^{-45}", True),
+    # convention
+    ("101", "101_2", True), ("50", r"50\%", True),
+]  # fmt: skip
+
+IN_PROSE = [
+    ("7", "So we get 3+4, which gives $7$.", True),
+    ("7", "I count them one by one and find 7", True),
+    ("7", "I count them one by one and find 8", False),
+    ("42", "The answer is 42, since there are 7 days.", True),
+    ("18", "She makes $18 every day. The answer is $18.", True),
+    (r"\frac{1}{2}", r"so the probability is $\frac{1}{2}$", True),
+    ("2", r"we see that x is 2\sqrt{3}", False),
+    ("3", r"\boxed{3} then \boxed{4}", False),
+    ("1", r"\boxed{1}, \boxed{2}", False),
+    ("10", r"<think>it is \boxed{3}</think> so \boxed{10}", True),
+]
+
+
+def boxed(answers):
+    return [r"so it is \boxed{" + answer + "}" for answer in answers]
+
+
+def disagreements(pairs):
+    verdicts = verify_answers([p for _, p, _ in pairs], [g for g, _, _ in pairs], timeout_s=30)
+    return [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.correct != pair[2]]
+
+
+def test_the_suite_is_large():
+    assert len(RIGHT) + len(WRONG) >= 80
+
+
+def test_right_answers_are_accepted():
+    assert (
+        disagreements([(gold, p, True) for (gold, _), p in zip(RIGHT, boxed(p for _, p in RIGHT), strict=True)]) == []
+    )
+
+
+def test_wrong_answers_are_refused():
+    assert (
+        disagreements([(gold, p, False) for (gold, _), p in zip(WRONG, boxed(p for _, p in WRONG), strict=True)]) == []
+    )
+
+
+def test_every_gold_answer_is_right_against_itself():
+    golds = list(dict.fromkeys(gold for gold, _ in RIGHT + WRONG))
+    assert disagreements([(gold, p, True) for gold, p in zip(golds, boxed(golds), strict=True)]) == []
+    assert all(gold_parses(golds, timeout_s=30))
+
+
+def test_answers_in_prose():
+    assert disagreements(IN_PROSE) == []
+
+
+def test_known_limits_are_what_the_docstring_says():
+    pairs = [(gold, p, v) for (gold, _, v), p in zip(KNOWN_LIMITS, boxed(p for _, p, _ in KNOWN_LIMITS), strict=True)]
+    assert disagreements(pairs) == []
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["", "   ", "$$", r"\frac{1}{", r"foo(\frac{1}{2}", r"0.\overline{", "?", "=", "x^2+", r"\left(", r"7^{10} \bmod 3",
+     r"3 \pmod 5", r"\{2k\pi : k\in\mathbb{Z}\}"],
+)  # fmt: skip
+def test_gold_that_does_not_parse_is_an_error_for_its_item_alone(gold):
+    assert gold_parses([gold, "1"], timeout_s=30) == [False, True]
+    for prediction in (r"\boxed{1}", r"\boxed{" + gold + "}", "", "the answer is " + gold):
+        bad, good = verify_answers([prediction, "1"], [gold, "1"], timeout_s=30)
+        assert (bad.correct, bad.status) == (False, "error")
+        assert good.correct
+
+
+def test_unreadable_predictions_are_unparsed():
+    predictions = [
+        r"\boxed{\frac{1}{",
+        r"\boxed{x^2+}",
+        "",
+        r"\boxed{foo(\frac{1}{2}}",
+        r"\boxed{" + "x+" * 600 + "1}",
+        "we do not know",
+    ]
+    for gold in ("1", "x^2", "even"):
+        statuses = [verdict.status for verdict in verify_answers(predictions, [gold] * len(predictions), timeout_s=30)]
+        expected = (
+            {"unparsed"} if gold != "even" else {"unparsed", "ok"}
+        )  # against a word, any other form is just wrong
+        assert set(statuses) <= expected
