@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo = commands.add_parser("demo", help="warm-up, RLVR and evaluation of the embedded model")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
     commands.add_parser("doctor", help="what is installed and what this machine can do")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if any(extra.startswith("-") for extra in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest  # those after an option
     run_command(lambda: dispatch(args))
 
 

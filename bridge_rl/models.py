@@ -16,9 +16,10 @@ from bridge_rl.checkpoint import is_bridge_checkpoint, load_bridge, read_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.data import import_function
 from bridge_rl.errors import UserError
-from bridge_rl.surgery import attach_bridge, bridge_parameters, has_bridge
+from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state, has_bridge
 
 PACKAGE = "package://"
+GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 def resolve_path(path: str) -> str:
@@ -51,7 +52,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **_load_options(section))
     except (OSError, ValueError) as error:
-        raise _cannot_load(section, error) from error
+        raise _cannot_load(section, path, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -65,7 +66,7 @@ def model_config(section: ModelSection) -> Any:
     try:
         return AutoConfig.from_pretrained(path, **_load_options(section))
     except (OSError, ValueError) as error:
-        raise _cannot_load(section, error) from error
+        raise _cannot_load(section, path, error) from error
 
 
 def load_model(section: ModelSection) -> PreTrainedModel:
@@ -88,20 +89,19 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     except SafetensorError as error:
         raise UserError(f"model.path: {section.path} has damaged weights ({error}): fetch or save it again.") from error
     except (OSError, ValueError) as error:
-        raise _cannot_load(section, error) from error
+        raise _cannot_load(section, path, error) from error
 
 
-def _cannot_load(section: ModelSection, error: Exception) -> UserError:
-    path = Path(section.path)
-    if path.is_absolute() and not path.exists():
-        return UserError(f"model.path: there is no directory {path}.")
+def _cannot_load(section: ModelSection, path: str, error: Exception) -> UserError:
+    """`path` is what was to be loaded: the section's, or the base that a Bridge checkpoint names."""
+    name = section.path if path == resolve_path(section.path) else f"{path}, the base of {section.path},"
+    if Path(path).is_absolute() and not Path(path).exists():
+        return UserError(f"model.path: there is no directory {name.rstrip(',')}.")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    cure = (
-        "check what is in it"
-        if path.exists() or section.path.startswith(PACKAGE)
-        else f"check the name, or fetch it where there is a network: huggingface-cli download {section.path}"
-    )
-    return UserError(f"model.path: {section.path} cannot be loaded ({reason}): {cure}.")
+    cure = "check what is in it."
+    if not Path(path).exists():
+        cure = f"check the name, or fetch it where there is a network: huggingface-cli download {path}"
+    return UserError(f"model.path: {name} cannot be loaded ({reason}): {cure}")
 
 
 def load_policy(recipe: Recipe) -> PreTrainedModel:
@@ -113,6 +113,11 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     model = load_model(recipe.model)
     if has_bridge(model) and recipe.bridge is None:
         raise UserError(f"model.path: {recipe.model.path} carries a Bridge but bridge is null: leave bridge out.")
+    if has_bridge(model) and find_state(model).config != recipe.bridge:
+        raise UserError(
+            f"model.path: {recipe.model.path} carries {find_state(model).config}, not the recipe's {recipe.bridge}: "
+            "write the same into bridge."
+        )
     if recipe.bridge is not None and not has_bridge(model):
         torch.manual_seed(recipe.seed)
         attach_bridge(model, recipe.bridge)
@@ -152,6 +157,9 @@ def load_reward(section: RewardSection, number: int) -> Callable[..., list[float
         function = import_function(section.function, key)
     if not callable(function):
         raise UserError(f"{key}: '{section.function}' is a {type(function).__name__}, no function.")
+    for name in section.kwargs:
+        if name in GIVEN_TO_REWARDS:
+            raise UserError(f"rewards.{number}.kwargs.{name}: the trainer gives '{name}' itself, name it otherwise.")
     if not section.kwargs:
         return function
     return update_wrapper(partial(function, **section.kwargs), function)

@@ -28,6 +28,7 @@ MANAGED = {
     "num_generations": "rollout.num_generations",
     "max_completion_length": "rollout.max_new_tokens",
     "temperature": "rollout.temperature",
+    "reward_weights": "rewards.0.weight",
     "output_dir": "output_dir",
     "seed": "seed",
     "report_to": "logging.wandb",
@@ -105,6 +106,12 @@ def make_plan(recipe: Recipe) -> Plan:
     memory = estimate_memory(recipe, config, batches, total, trained)
     found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
     found += batch_conflicts(recipe, batches) + file_conflicts(recipe)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and recipe.rollout.max_new_tokens >= longest:
+        found.append(
+            f"rollout.max_new_tokens is {recipe.rollout.max_new_tokens}, but the model knows {longest} positions, "
+            "prompt included: lower it."
+        )
     return Plan(batches, total, new, trained, memory, found)
 
 

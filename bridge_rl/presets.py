@@ -63,4 +63,4 @@ def preset_config(path: str) -> PreTrainedConfig | None:
     if path not in _SHAPES:
         return None
     cls, shape = _SHAPES[path]
-    return cls(**shape, tie_word_embeddings=False)
+    return cls(**shape, max_position_embeddings=131072, tie_word_embeddings=False)

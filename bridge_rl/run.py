@@ -43,6 +43,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     checkpoint = get_last_checkpoint(output) if output.is_dir() else None
     if checkpoint is not None:
         check_same_recipe(recipe, output, DECIDES_RUN)
+    args = training_arguments(recipe)
     if recipe.warmup is not None and is_bridge_checkpoint(warmup_directory(recipe)):
         check_same_recipe(recipe, warmup_directory(recipe), DECIDES_WARMUP)
     elif recipe.warmup is not None:
@@ -52,31 +53,38 @@ def train(recipe: Recipe) -> dict[str, float]:
                 "accelerate launch launch/warmup.py with the same recipe and overrides."
             )
         warm_up(recipe)
-    args = training_arguments(recipe)
     start_tracking(recipe)
     tokenizer = load_tokenizer(recipe.model)
     rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
     train_set = load_prompts(recipe, recipe.data.train, "data.train", tokenizer)
+    if len(train_set) * args.num_generations < args.generation_batch_size:
+        raise UserError(
+            f"data.train: {len(train_set)} problems are fewer than the {args.generation_batch_size} rows / "
+            f"{args.num_generations} generations of one generation batch: add problems or lower the batch."
+        )
     eval_set = load_eval_prompts(recipe, tokenizer)
     model = load_policy(recipe)
     if recipe.warmup is not None:
         directory = warmup_directory(recipe)
         load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
 
-    trainer = BridgeGRPOTrainer(
-        model,
-        rewards,
-        args,
-        width=recipe.rollout.width,
-        train=recipe.train,
-        mask_truncated=recipe.rollout.mask_truncated,
-        max_rows=recipe.rollout.max_rows,
-        evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, rewards[0]),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe) if recipe.train == "lora" else None,
-    )
+    try:
+        trainer = BridgeGRPOTrainer(
+            model,
+            rewards,
+            args,
+            width=recipe.rollout.width,
+            train=recipe.train,
+            mask_truncated=recipe.rollout.mask_truncated,
+            max_rows=recipe.rollout.max_rows,
+            evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, rewards[0]),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe) if recipe.train == "lora" else None,
+        )
+    except ValueError as error:  # how TRL and PEFT refuse options that do not go together
+        raise UserError(f"training or lora: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RewardProgress())
     if trainer.accelerator.is_main_process:
@@ -187,8 +195,6 @@ def device_arguments(recipe: Recipe) -> dict[str, Any]:
     """Where and in what precision to run: bf16 on a GPU, fp32 on CPU (over gloo with several processes)."""
     if torch.cuda.is_available():
         return {"bf16": recipe.training.get("bf16", True)}
-    if recipe.training.get("bf16"):
-        raise UserError("training.bf16 is on, but there is no GPU here: leave it out, CPU runs are in float32.")
     if deepspeed_is_configured():
         # With use_cpu accelerate would believe in a world of one process.
         return {"bf16": False, "use_cpu": False, "ddp_backend": "gloo"}
@@ -197,12 +203,13 @@ def device_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def training_arguments(recipe: Recipe) -> GRPOConfig:
     """TRL's configuration: the recipe's `training` section beside what other sections decide."""
-    rollout, training = recipe.rollout, {key: as_number(value) for key, value in recipe.training.items()}
+    rollout = recipe.rollout
     evaluating = recipe.data.eval is not None and recipe.evaluation.every is not None
     options = {
         "num_generations": rollout.num_generations,
         "max_completion_length": rollout.max_new_tokens,
         "temperature": rollout.temperature,
+        "reward_weights": [section.weight for section in recipe.rewards],
         "seed": recipe.seed,
         "output_dir": recipe.output_dir,
         "run_name": recipe.logging.name or Path(recipe.output_dir).name,
@@ -217,17 +224,9 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
     if recipe.launch.zero_stage > 0 and not deepspeed_is_configured() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         options["deepspeed"] = str(find_file(f"launch/deepspeed/zero{max(2, recipe.launch.zero_stage)}.json"))
     try:
-        return GRPOConfig(**{**options, **training, **device_arguments(recipe)})
+        return GRPOConfig(**{**options, **recipe.training, **device_arguments(recipe)})
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
-
-
-def as_number(value: Any) -> Any:
-    """YAML reads `1e-6` as text; TRL would compare that text with numbers."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:

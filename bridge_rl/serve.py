@@ -31,8 +31,6 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"bridge-rl serve needs {error.name}: pip install 'bridge-rl[serve]'") from error
 
-# Below these the scaled logits overflow and no token is left in float32.
-MIN_TEMPERATURE, MIN_TOP_P = 0.01, 1e-6
 # Bounded also because pydantic refuses lone surrogates, which tokenizers cannot read, only in a bounded string.
 Text = Annotated[str, Field(max_length=2**24)]
 
@@ -134,13 +132,11 @@ def check_fields(fields: Fields, name: str, max_tokens: int, max_width: int) -> 
     """Raise UserError naming the field that is out of the server's range."""
     if fields.model not in (None, name):
         raise UserError(f"model is {fields.model!r}: this server has {name!r}.")
-    ranges = {"n": (1, max_width), "max_tokens": (1, max_tokens), "top_p": (MIN_TOP_P, 1), "logprobs": (0, 1)}
+    ranges = {"n": (1, max_width), "max_tokens": (1, max_tokens), "logprobs": (0, 1)}
     for key, (low, high) in (ranges | {"seed": (0, 2**63 - 1)}).items():
         value = getattr(fields, key)
         if value is not None and not low <= value <= high:
             raise UserError(f"{key} is {value}: it must be from {low} to {high}.")
-    if 0 < fields.temperature < MIN_TEMPERATURE:
-        raise UserError(f"temperature is {fields.temperature}: it must be 0 (greedy) or at least {MIN_TEMPERATURE}.")
 
 
 def refuse(request: Request, error: Exception) -> JSONResponse:

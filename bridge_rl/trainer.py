@@ -22,13 +22,12 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
+from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
 from bridge_rl.report import names
 from bridge_rl.rollout import SamplingParams, generate_groups
 from bridge_rl.safety import check_safe
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
-
-RIGHT = 0.5  # a completion is right when its first reward is above this
 
 
 class EpochSampler(RepeatSampler):

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from bridge_rl.config import WarmupSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import RIGHT, eos_ids
+from bridge_rl.evaluation.metrics import RIGHT
+from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.group import alive_from_mask, groups_of, pad_left, pad_right
 from bridge_rl.rollout import SamplingParams, generate_groups
 from bridge_rl.surgery import disable_bridge, freeze_base

@@ -125,3 +125,21 @@ def test_smollm2_takes_three_rlvr_steps(tmp_path):
 
     blocks = load_file(tmp_path / "bridge.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in blocks.items() if "o_proj" in name)
+
+
+def test_reward_weights_reach_the_trainer():
+    from bridge_rl.run import training_arguments
+
+    weighted = "rewards=[{function: rewards/two_tries.py:correct, weight: 0.5}]"
+    assert training_arguments(load_recipe("recipes/tiny_arith.yaml", [weighted])).reward_weights == [0.5]
+
+
+def test_too_few_problems_for_one_batch_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "recipes/tiny_arith.yaml", f"output_dir={tmp_path}", "warmup=null", "data.train.size=3"])
+    assert "data.train: 3 problems are fewer than" in capsys.readouterr().err
+
+
+def test_overrides_may_follow_an_option(capsys):
+    main(["train", "recipes/tiny_arith.yaml", "--dry-run", "rollout.width=8"])
+    assert "width 8" in capsys.readouterr().out

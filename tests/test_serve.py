@@ -161,7 +161,7 @@ def test_a_template_that_refuses_the_messages_is_the_users_mistake(model):
         ({"n": True}, "'n': Input should be a valid integer."),
         ({"max_tokens": 65}, "max_tokens is 65: it must be from 1 to 64."),
         ({"max_tokens": 0}, "max_tokens is 0: it must be from 1 to 64."),
-        ({"temperature": -1}, "temperature is -1.0: it must not be negative"),
+        ({"temperature": -1}, "temperature is -1.0: it must be 0"),
         ({"temperature": 1e-40}, "temperature is 1e-40: it must be 0 (greedy) or at least 0.01."),
         ({"temperature": float("nan")}, "'temperature': Input should be a finite number."),
         ({"temperature": "hot"}, "'temperature': Input should be a valid number."),

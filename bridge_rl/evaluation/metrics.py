@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+RIGHT = 0.5  # a completion is right when its first reward is above this
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased chance that at least one of k samples is right, from c right ones of n: 1 - C(n-c, k) / C(n, k).

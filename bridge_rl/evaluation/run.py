@@ -10,11 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.config import EvaluationSection
 from bridge_rl.data import prompt_tokens
-from bridge_rl.evaluation.metrics import Estimate, set_metrics
+from bridge_rl.evaluation.metrics import RIGHT, Estimate, set_metrics
 from bridge_rl.group import groups_of, repeat_for_rows
 from bridge_rl.rollout import SamplingParams, generate_groups
 
-RIGHT = 0.5  # a completion is right when its first reward is above this
 PROBLEMS_PER_CALL = 16
 
 

@@ -31,10 +31,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must not be negative (0 is greedy).")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1.")
+        # Below these the scaled logits overflow, or no token is left, in float32.
+        if self.temperature != 0 and not 0.01 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or at least 0.01.")
+        if not 1e-6 <= self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must be between 1e-6 and 1.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}: it must not be negative (0 switches it off).")
 

@@ -8,7 +8,7 @@ Known limits, each with a test of what happens today:
 - right and refused: `x<2 \text{ or } x>3` against a union of intervals; `\log 2` (base 10) against `\ln 2`;
 - gold that cannot be read: set-builder notation, residues (`3 \pmod 5`), anything with `\bmod`;
 - wrong and accepted: `x+1=2` against 2 (math-verify keeps an equation's right side); `1,2` or `{1,2}` against `(1,2)`,
-  which is an interval and a pair at once; `\text{no}` against `on` (short words are products of symbols); exact numbers
+  which is an interval and a pair at once; `no` against `on` (short words are products of symbols); exact numbers
   that differ only after 40 digits;
 - by convention accepted: `50\%` against both 50 and 0.5; `101_2` against `101`, when only one side names its base.
 """

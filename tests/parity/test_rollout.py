@@ -112,7 +112,14 @@ def test_truncated_sampling_stays_inside_its_set(options, allowed):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p")],
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+    ],
 )
 def test_bad_sampling_params_are_refused(options, named):
     with pytest.raises(ValueError, match=named):

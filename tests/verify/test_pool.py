@@ -265,7 +265,8 @@ def test_workers_end_with_a_killed_parent_even_while_busy():
         from bridge_rl.verify import VerifierPool
         pool = VerifierPool(size=2)
         pool.verify([r"\boxed{{x+1}}"], ["1+x"], 60)
-        threading.Thread(target=pool.verify, args=([r"\boxed{{{HANG}}}", r"\boxed{{1+{HANG}}}"], ["x", "x"], 600)).start()
+        hanging = [r"\boxed{{{HANG}}}", r"\boxed{{1+{HANG}}}"]
+        threading.Thread(target=pool.verify, args=(hanging, ["x", "x"], 600)).start()
         while len(pool.worker_pids) < 2:
             time.sleep(0.05)
         print(*pool.worker_pids, flush=True)

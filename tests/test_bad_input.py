@@ -1,0 +1,410 @@
+"""A user's mistake in a recipe, in data or in a checkpoint: exit code 2 and one sentence that says what and where."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+import bridge_rl as br
+from bridge_rl.cli import main
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "recipes" / "tiny_arith.yaml"
+TINY_MODEL = ROOT / "bridge_rl" / "tiny" / "model"
+BRIDGE = "bridge={num_heads: 4, head_dim: 12}"
+SMALL = [
+    BRIDGE,
+    "warmup=null",
+    "rollout.max_new_tokens=4",
+    "data.train.kwargs.size=16",
+    "data.eval.kwargs.size=4",
+    "training={max_steps: 1, per_device_train_batch_size: 8}",
+    "evaluation={problems: 2, samples: 1, widths: [1]}",
+]
+ROW = {"problem": "1+1", "answer": "2"}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A run starts in an empty directory, as one process without a GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr("bridge_rl.models.load_model", refuse)
+
+
+@pytest.fixture
+def no_bars():
+    """The bars of loading go to stderr, too."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def error_lines(arguments, capsys) -> list[str]:
+    """What `bridge-rl` wrote to stderr; it must have stopped with exit code 2 and one sentence at the end."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    written = capsys.readouterr().err
+    assert "Traceback" not in written
+    lines = written.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines
+
+
+def error_of(arguments, capsys) -> str:
+    """The one line that `bridge-rl` wrote to stderr."""
+    [line] = error_lines(arguments, capsys)
+    return line
+
+
+def error_of_tiny(overrides, capsys) -> str:
+    return error_of(["train", TINY, *SMALL, "output_dir=out", *overrides], capsys)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "invalid YAML": (b"model: [", ["r.yaml is not valid YAML"]),
+    "a tab": (b"model:\n\tpath: x\n", ["r.yaml is not valid YAML", "line 2"]),
+    "no text": (b"\xff\xfe\x00\x81", ["r.yaml is not valid YAML"]),
+    "empty": (b"", ["r.yaml is empty"]),
+    "a list": (b"- model\n", ["r.yaml is empty or no mapping"]),
+    "a number for extends": (b"extends: 3\n", ["r.yaml", "'extends' is 3"]),
+    "extends itself": (b"extends: r.yaml\n", ["r.yaml", "break the circle"]),
+    "extends what is not there": (b"extends: base.yaml\n", ["no recipe", "base.yaml", "which", "r.yaml extends"]),
+    "a key is missing": (
+        b"model: {path: a}\noutput_dir: b\nrewards: [{function: c}]\n",
+        ["r.yaml", "'data' is missing"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), RECIPES.values(), ids=RECIPES)
+def test_a_recipe_that_cannot_be_read_is_refused(content, words, tmp_path, no_weights, capsys):
+    (tmp_path / "r.yaml").write_bytes(content)
+    error = error_of(["train", tmp_path / "r.yaml"], capsys)
+    assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("command", ["train", "warmup"])
+def test_a_recipe_that_is_not_there_is_answered_with_the_nearest(command, no_weights, capsys):
+    error = error_of([command, TINY.with_name("tiny_arit.yaml")], capsys)
+    assert error == f"error: There is no recipe {TINY.parent}/tiny_arit.yaml: did you mean {TINY}?"
+
+
+# -- keys and values --------------------------------------------------------------------------------------------------
+
+OVERRIDES = {
+    "unknown key": ("rolout.width=4", ["tiny_arith.yaml", "'rolout'", "did you mean 'rollout'?"]),
+    "unknown key of a section": ("rollout.widht=4", ["'rollout.widht'", "did you mean 'width'?"]),
+    "unknown key of data": ("data.train.pth=4", ["'data.train.pth'", "did you mean 'path'?"]),
+    "unknown key of a reward": ("rewards=[{functon: a}]", ["'rewards.0.functon'", "did you mean 'function'?"]),
+    "unknown key of training": (
+        "training.learning_rte=1",
+        ["'training.learning_rte'", "did you mean 'learning_rate'?"],
+    ),
+    "key that another section decides": ("training.num_generations=8", ["training.num_gen", "use rollout.num_gen"]),
+    "no equals sign": ("rollout.width", ["'rollout.width' is not key=value"]),
+    "value that is no YAML": ("rollout.width=[", ["'rollout.width=['", "not valid YAML"]),
+    "key inside a value": ("seed.x=4", ["'seed.x=4' goes into 'seed'"]),
+    "word for a number": ("rollout.width=four", ["tiny_arith.yaml", "'rollout.width' is 'four'", "integer"]),
+    "value for a section": ("rollout=4", ["'rollout' is 4"]),
+    "list for training": ("training=[1]", ["'training' is [1]", "dictionary"]),
+    "unknown choice": ("train=some", ["'train' is 'some'", "'bridge', 'lora' or 'full'"]),
+    "unknown kind of block": ("bridge.kind=mlp", ["'bridge.kind' is 'mlp'", "'bridge' or 'pmatch'"]),
+    "no heads": ("bridge.num_heads=0", ["bridge.num_heads is 0"]),
+    "layer that does not exist": ("bridge.layers=[0,9]", ["bridge.layers names layer 9", "layers 0 to 3"]),
+    "width that splits a prompt": ("rollout.width=3", ["rollout.num_generations is 8", "rollout.width 3"]),
+    "width that splits a batch": (
+        "training.per_device_train_batch_size=6",
+        ["training.per_device_train_batch_size is 6", "multiple of the width 4"],
+    ),
+    "fewer rows than a prompt has": ("training.per_device_train_batch_size=4", ["4 rows", "rollout.num_generations 8"]),
+    "no batch": ("training.per_device_train_batch_size=0", ["training.per_device_train_batch_size is 0", "at least 1"]),
+    "word for a batch": ("training.per_device_train_batch_size=six", ["per_device_train_batch_size is 'six'", "int"]),
+    "no accumulation": ("training.gradient_accumulation_steps=0", ["training.gradient_accumulation_steps is 0"]),
+    "half an accumulation": ("training.gradient_accumulation_steps=1.5", ["gradient_accumulation_steps is 1.5", "int"]),
+    "word for a learning rate": ("training.learning_rate=fast", ["training.learning_rate is 'fast'", "float"]),
+    "unknown loss": ("training.loss_type=nonsense", ["training.loss_type is 'nonsense'", "grpo", "dapo"]),
+    "unknown scaling": ("training.scale_rewards=std", ["training.scale_rewards is 'std'", "group"]),
+    "unknown schedule": ("training.lr_scheduler_type=nonsense", ["training: ", "nonsense", "linear"]),
+    "greedy training": ("rollout.temperature=0", ["rollout.temperature is 0.0", "above 0"]),
+    "top_p in the rollout": ("rollout.top_p=0.9", ["rollout.top_p is 0.9", "set top_p=1.0"]),
+    "rows that hold no group": ("rollout.max_rows=2", ["rollout.max_rows is 2", "a group of 4"]),
+    "vLLM": ("training.use_vllm=true", ["training.use_vllm is True", "siblings"]),
+    "masking of TRL": (
+        "training.mask_truncated_completions=true",
+        ["training.mask_truncated_completions is True", "rollout.mask_truncated=true"],
+    ),
+    "top_p in training": ("training.top_p=0.9", ["training.top_p is 0.9", "set it to 1.0"]),
+    "top_k in training": ("training.top_k=5", ["training.top_k is 5", "set it to 0"]),
+    "batches split over ranks": (
+        "training.accelerator_config={split_batches: true}",
+        ["accelerator_config.split_batches"],
+    ),
+    "bf16 without a GPU": ("training.bf16=true", ["training.bf16 is on", "no GPU"]),
+    "fp16 without a GPU": ("training.fp16=true", ["training.fp16 is on", "no GPU"]),
+    "no width to evaluate": ("evaluation.widths=[]", ["evaluation.widths is []"]),
+    "no samples to evaluate": ("evaluation.samples=0", ["evaluation.samples is 0"]),
+    "seed below 0": ("seed=-1", ["seed is -1"]),
+    "no rank of LoRA": ("lora.r=0", ["lora.r is 0"]),
+    "prompt without the problem": ("data.prompt=hello", ["data.prompt", "'{problem}'"]),
+    "nothing to train": ("bridge=null", ["train is 'bridge' but bridge is null"]),
+    "warm-up of single completions": ("warmup={min_right: 1}", ["warmup.min_right is 1"]),
+    "no rewards": ("rewards=[]", ["rewards is empty", "rewards/answer.py:correct"]),
+    "reward without a function": (
+        "rewards=[{function: rewards/answer.py}]",
+        ["rewards.0.function", "names no function"],
+    ),
+    "reward file that is not there": ("rewards=[{function: 'no.py:correct'}]", ["rewards.0.function", "no file no.py"]),
+    "function that the file lacks": (
+        "rewards=[{function: 'rewards/answer.py:wrong'}]",
+        ["rewards.0.function", "rewards/answer.py has no function 'wrong'"],
+    ),
+    "module that is not there": (
+        "rewards=[{function: 'no_such.module:correct'}]",
+        ["rewards.0.function", "cannot import no_such.module:correct"],
+    ),
+    "function that the module lacks": ("rewards=[{function: 'json:correct'}]", ["rewards.0.function", "json:correct"]),
+    "reward that is no function": ("rewards=[{function: 'string:digits'}]", ["rewards.0.function", "'string:digits'"]),
+    "second reward": (
+        "rewards=[{function: 'rewards/answer.py:correct'}, {function: 'no.py:f'}]",
+        ["rewards.1.function", "no.py"],
+    ),
+    "weight that is no number": (
+        "rewards=[{function: 'rewards/answer.py:correct', weight: heavy}]",
+        ["'rewards.0.weight' is 'heavy'"],
+    ),
+    "model that is not there": ("model.path=/no/such/model", ["model.path", "no directory /no/such/model"]),
+    "model that is not on the hub": (
+        "model.path=no/such-model",
+        ["model.path", "huggingface-cli download no/such-model"],
+    ),
+    "package that is not there": ("model.path=package://no_such/model", ["model.path", "pip install no-such"]),
+    "package that has no such directory": (
+        "model.path=package://bridge_rl/no",
+        ["model.path", "bridge_rl", "directory no"],
+    ),
+    "data that is not there": ("data.train={path: no.jsonl}", ["data.train.path", "no file no.jsonl"]),
+    "evaluation data that is not there": ("data.eval={path: no.parquet}", ["data.eval.path", "no file no.parquet"]),
+    "data that is not on the hub": ("data.train={path: no/such-set}", ["data.train.path", "no/such-set", "dataset"]),
+    "data of a module that is not there": ("data.train={path: 'no.such:rows'}", ["data.train.path", "no.such:rows"]),
+    "data function called wrongly": ("data.train.kwargs={colour: 3}", ["data.train.kwargs", "bridge_rl.tiny.task"]),
+    "no size": ("data.train.size=0", ["data.train.size is 0"]),
+    "pattern that is no pattern": ("data.train.answer_pattern='('", ["data.train.answer_pattern is '('"]),
+    "pattern without a group": ("data.train.answer_pattern='.+'", ["data.train.answer_pattern is '.+'", "parentheses"]),
+}
+
+
+@pytest.mark.parametrize(("override", "words"), OVERRIDES.values(), ids=OVERRIDES)
+def test_a_wrong_key_or_value_is_named_before_weights_load(override, words, no_weights, capsys):
+    train = ["train=bridge"] if override == "bridge=null" else []
+    error = error_of_tiny([*train, override], capsys)
+    assert [word for word in words if word not in error] == []
+
+
+def test_a_run_on_another_number_of_processes_than_planned_is_refused(no_weights, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = error_of_tiny(["launch.num_processes=8"], capsys)
+    assert "launch.num_processes is 8 but this run has 2" in error
+
+
+def test_an_output_directory_that_is_a_file_is_refused(tmp_path, no_weights, capsys):
+    (tmp_path / "file").touch()
+    assert "output_dir: file is a file" in error_of_tiny(["output_dir=file"], capsys)
+
+
+@pytest.mark.parametrize("text", ["def (", "import no_such_module", "1 / 0"])
+def test_a_reward_file_that_cannot_be_imported_is_named(text, tmp_path, no_weights, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    error = error_of_tiny(["rewards=[{function: 'mine.py:correct'}]"], capsys)
+    assert "rewards.0.function: mine.py cannot be imported" in error
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def lines(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# (file, content, more of the source, words)
+DATA = {
+    "empty": ("d.jsonl", "", "", ["data.train.path", "d.jsonl is empty"]),
+    "blank": ("d.jsonl", "\n\n", "", ["data.train.path", "d.jsonl holds no rows"]),
+    "damaged": ("d.jsonl", lines(ROW) + '{"problem": "1+\n', "", ["data.train.path", "d.jsonl, line 2, is no JSON"]),
+    "numbers for rows": ("d.jsonl", "3\n", "", ["data.train.path", "d.jsonl, line 1, is no row"]),
+    "damaged list": ("d.json", "[{", "", ["data.train.path", "d.json cannot be read as json"]),
+    "damaged parquet": ("d.parquet", "PAR1", "", ["data.train.path", "d.parquet cannot be read as parquet"]),
+    "unknown format": ("d.txt", "1+1\n", "", ["data.train.path", "d.txt is no .jsonl"]),
+    "no problem": ("d.jsonl", lines({"q": "1+1", "answer": "2"}), "", ["data.train.problem_column", "answer, q"]),
+    "no answer": ("d.jsonl", lines({"problem": "1+1", "a": "2"}), "", ["data.train.answer_column", "a, problem"]),
+    "empty problem": ("d.jsonl", lines(ROW, {"problem": " ", "answer": "2"}), "", ["data.train", "row 1", "'problem'"]),
+    "empty answer": ("d.jsonl", lines(ROW, {"problem": "1", "answer": ""}), "", ["data.train", "row 1", "'answer'"]),
+    "null answer": ("d.jsonl", lines(ROW, {"problem": "1", "answer": None}), "", ["data.train", "row 1", "'answer'"]),
+    "unmatched answer": (
+        "d.jsonl",
+        lines({"problem": "1", "answer": "#### 1"}, ROW),
+        ", answer_pattern: '#### (.+)'",
+        ["data.train.answer_pattern", "row 1 of d.jsonl"],
+    ),
+    "unreadable answer": (
+        "d.jsonl",
+        lines(ROW, {"problem": "1", "answer": "\\frac{1"}),
+        "",
+        ["data.train", "row 1 of d.jsonl", "'\\\\frac{1'", "check_answers=false"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "more", "words"), DATA.values(), ids=DATA)
+def test_bad_data_is_named_before_weights_load(name, content, more, words, tmp_path, no_weights, capsys):
+    (tmp_path / name).write_text(content)
+    error = error_of_tiny([f"data.train={{path: {name}{more}}}"], capsys)
+    assert [word for word in words if word not in error] == []
+
+
+# -- models and checkpoints -------------------------------------------------------------------------------------------
+
+FOREIGN = {
+    "bloom": {"vocab_size": 19, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+    "gpt2": {"vocab_size": 19, "n_embd": 16, "n_layer": 1, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize("family", FOREIGN)
+def test_a_family_that_is_not_served_is_refused_from_its_configuration(family, tmp_path, no_weights, capsys):
+    config = AutoConfig.for_model(family, **FOREIGN[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+    capsys.readouterr()
+    error = error_of_tiny([f"model.path={family}"], capsys)
+    assert f"does not serve the model family '{family}'" in error
+    assert "qwen2" in error
+
+
+def test_a_model_that_writes_no_text_is_refused(tmp_path, no_weights, capsys):
+    AutoConfig.for_model("t5", vocab_size=19, d_model=16).save_pretrained(tmp_path / "t5")
+    assert "model.path: t5 is a 't5', no causal language model" in error_of_tiny(["model.path=t5"], capsys)
+
+
+def test_damaged_base_weights_are_named(tmp_path, capsys):
+    shutil.copytree(TINY_MODEL, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
+    assert "model.path: base has damaged weights" in error_of_tiny(["model.path=base"], capsys)
+
+
+def test_a_damaged_configuration_of_a_base_is_named(tmp_path, no_weights, capsys):
+    shutil.copytree(TINY_MODEL, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text("{")
+    error = error_of_tiny(["model.path=base"], capsys)
+    assert "model.path: base cannot be loaded" in error
+    assert "config.json" in error
+
+
+@pytest.fixture
+def checkpoint(tmp_path, no_bars, capsys) -> Path:
+    """A Bridge of the embedded model, which each test damages in its own way."""
+    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    br.save_bridge(br.attach_bridge(base, br.BridgeConfig(num_heads=4, head_dim=12)), tmp_path / "ckpt")
+    capsys.readouterr()
+    return tmp_path / "ckpt"
+
+
+def edit(directory: Path, **changes) -> None:
+    path = directory / "bridge_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_damaged_blocks_are_named(checkpoint, capsys):
+    weights = checkpoint / "bridge.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "ckpt/bridge.safetensors is damaged" in error_of_tiny(["model.path=ckpt"], capsys)
+
+
+def test_a_damaged_description_of_the_blocks_is_named(checkpoint, no_weights, capsys):
+    (checkpoint / "bridge_config.json").write_text('{"bridge": {')
+    assert "ckpt/bridge_config.json is damaged" in error_of_tiny(["model.path=ckpt"], capsys)
+
+
+def test_a_description_with_an_unknown_key_is_named(checkpoint, no_weights, capsys):
+    edit(checkpoint, bridge={"num_heads": 4, "head_dim": 12, "colour": "red"})
+    error = error_of_tiny(["model.path=ckpt"], capsys)
+    assert "ckpt/bridge_config.json is damaged" in error
+    assert "colour" in error
+
+
+def test_blocks_of_another_shape_than_described_are_named(checkpoint, capsys):
+    edit(checkpoint, bridge={"num_heads": 4, "head_dim": 8})
+    error = error_of_tiny(["model.path=ckpt"], capsys)
+    assert "ckpt has another shape for model.layers.0.bridge" in error
+
+
+def test_a_bridge_is_not_put_into_another_base(checkpoint, tmp_path, capsys):
+    config = AutoConfig.from_pretrained(TINY_MODEL)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    shutil.copy(TINY_MODEL / "tokenizer.json", tmp_path / "other")
+    shutil.copy(TINY_MODEL / "tokenizer_config.json", tmp_path / "other")
+    edit(checkpoint, base=str(tmp_path / "other"))
+    capsys.readouterr()
+    assert "ckpt was trained on another base" in error_of_tiny(["model.path=ckpt"], capsys)
+
+
+def test_a_base_that_is_gone_is_named(checkpoint, no_weights, capsys):
+    edit(checkpoint, base="/no/such/base")
+    error = error_of_tiny(["model.path=ckpt"], capsys)
+    assert "model.path: there is no directory /no/such/base, the base of ckpt" in error
+
+
+def test_a_checkpoint_with_a_bridge_is_no_control(checkpoint, capsys):
+    error = error_of_tiny(["model.path=ckpt", "bridge=null", "train=full"], capsys)
+    assert "ckpt carries a Bridge but bridge is null" in error
+
+
+# -- warm-up and going on ---------------------------------------------------------------------------------------------
+
+WARMUP = "warmup={problems: 2, samples: 2, steps: 1, groups_per_step: 1, max_new_tokens: 2}"
+
+
+@pytest.mark.parametrize("command", ["train", "warmup"])
+def test_a_base_that_never_solves_enough_problems_cannot_warm_up(command, no_bars, capsys):
+    # Two tokens are too few for any answer.
+    *_, error = error_lines([command, TINY, *SMALL, WARMUP, "output_dir=out"], capsys)
+    assert "warmup: none of 2 problems had 2 right completions of 2" in error
+    assert "warmup.data" in error
+
+
+@pytest.mark.parametrize("line", ['{"problem": "1"', '{"problem": "1"}', "3"])
+def test_a_damaged_file_of_warm_up_completions_is_named_with_its_line(line, tmp_path, no_bars, capsys):
+    (tmp_path / "groups.jsonl").write_text(line + "\n")
+    error = error_of_tiny(["warmup={path: groups.jsonl, steps: 1}"], capsys)
+    assert "groups.jsonl, line 1, is no warm-up group" in error
+
+
+def test_the_warm_up_of_another_recipe_is_not_taken(checkpoint, tmp_path, no_weights, capsys):
+    shutil.copytree(checkpoint, tmp_path / "out" / "warmup")
+    shutil.copy(TINY, tmp_path / "out" / "warmup" / "recipe.yaml")
+    error = error_of_tiny([WARMUP], capsys)
+    assert "out/warmup was made by a recipe with another" in error
+    assert "output_dir" in error
+
+
+def test_the_run_of_another_recipe_is_not_gone_on_with(tmp_path, no_weights, capsys):
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    shutil.copy(TINY, tmp_path / "out" / "recipe.yaml")
+    error = error_of_tiny([], capsys)
+    assert "out was made by a recipe with another" in error
+    assert "out/recipe.yaml" in error

@@ -1,0 +1,171 @@
+"""Problems from files and functions, and how they become prompts."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bridge_rl.config import DataSection, DataSource, ModelSection
+from bridge_rl.data import load_problems, make_prompts, prompt_tokens
+from bridge_rl.errors import UserError
+from bridge_rl.models import load_tokenizer
+from bridge_rl.tiny.task import dataset
+
+ROWS = [{"problem": f"{n}+{n}", "answer": str(2 * n)} for n in range(10)]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path, seed=0, **options):
+    return load_problems(DataSource(path, **{"check_answers": False, **options}), "data.train", seed)
+
+
+def test_json_lines_are_read_in_order(tmp_path):
+    assert load(jsonl(tmp_path / "p.jsonl", ROWS)) == ROWS
+
+
+def test_blank_lines_and_unicode_separators_do_not_cut_rows(tmp_path):
+    rows = [{"problem": "a\u2028b", "answer": "1"}, {"problem": "c", "answer": "2"}]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
+    assert load(str(tmp_path / "p.jsonl")) == rows
+
+
+def test_a_json_list_is_read(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps(ROWS, indent=2))
+    assert load(str(tmp_path / "p.json")) == ROWS
+
+
+def test_parquet_is_read(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "p.parquet")
+    assert load(str(tmp_path / "p.parquet")) == ROWS
+
+
+def test_a_function_is_called_with_its_arguments():
+    rows = load("bridge_rl.tiny.task:dataset", kwargs={"seed": 3, "size": 5})
+    assert rows == dataset(seed=3, size=5)
+    assert len(rows) == 5
+
+
+def test_only_problem_and_answer_are_kept_under_these_names(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"id": 1, "question": "1+1", "solution": 2}])
+    assert load(path, problem_column="question", answer_column="solution") == [{"problem": "1+1", "answer": "2"}]
+
+
+def test_the_answer_of_gsm8k_follows_its_hashes(tmp_path):
+    worked = "48/2 = <<48/2=24>>24 clips in May.\nAltogether <<48+24=72>>72.\n#### 72"
+    path = jsonl(
+        tmp_path / "p.jsonl", [{"question": "q", "answer": worked}, {"question": "r", "answer": "#### 1,200 "}]
+    )
+    rows = load(path, problem_column="question", answer_pattern="#### (.+)")
+    assert [row["answer"] for row in rows] == ["72", "1,200"]
+
+
+def test_an_answer_that_the_pattern_does_not_match_names_its_row(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"problem": "a", "answer": "#### 1"}, {"problem": "b", "answer": "2"}])
+    with pytest.raises(UserError, match=r"data.train.answer_pattern: row 1 of .*p.jsonl"):
+        load(path, answer_pattern="#### (.+)")
+
+
+@pytest.mark.parametrize(("value", "answer"), [(27.0, "27"), (0.5, "0.5"), (27, "27"), (-3.0, "-3"), (" x ", "x")])
+def test_whole_floats_lose_their_fraction_and_text_its_margins(value, answer, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"problem": "p", "answer": value}]), tmp_path / "p.parquet")
+    assert load(str(tmp_path / "p.parquet"))[0]["answer"] == answer
+
+
+def test_size_takes_the_first_rows_and_at_most_what_is_there(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", ROWS)
+    assert load(path, size=3) == ROWS[:3]
+    assert load(path, size=100) == ROWS
+
+
+def test_the_seed_alone_decides_the_shuffle(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", ROWS)
+    first = load(path, seed=1, shuffle=True)
+    assert first == load(path, seed=1, shuffle=True)
+    assert first != load(path, seed=2, shuffle=True)
+    assert first != ROWS
+    assert sorted(first, key=lambda row: int(row["answer"])) == ROWS
+
+
+def test_size_is_taken_after_the_shuffle(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", ROWS)
+    assert load(path, seed=1, shuffle=True, size=4) == load(path, seed=1, shuffle=True)[:4]
+
+
+def test_the_shuffle_is_the_one_of_datasets(tmp_path):
+    from datasets import Dataset
+
+    path = jsonl(tmp_path / "p.jsonl", ROWS)
+    assert load(path, seed=5, shuffle=True) == Dataset.from_list(ROWS).shuffle(seed=5).to_list()
+
+
+def test_a_bad_row_is_named_by_its_place_in_the_file_even_when_shuffled(tmp_path):
+    rows = [*ROWS, {"problem": "bad", "answer": ""}]
+    with pytest.raises(UserError, match="row 10 of"):
+        load(jsonl(tmp_path / "p.jsonl", rows), seed=1, shuffle=True)
+
+
+def test_a_row_that_lacks_a_column_of_the_others_is_refused(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [ROWS[0], {"problem": "x"}])
+    with pytest.raises(UserError, match=r"row 1 of .* has an empty 'answer'"):
+        load(path)
+
+
+def test_answers_that_the_verifier_reads_pass(tmp_path):
+    rows = [{"problem": "p", "answer": answer} for answer in ("72", r"\frac{1}{2}", "(3,4)", r"2\sqrt{3}")]
+    assert load(jsonl(tmp_path / "p.jsonl", rows), check_answers=True) == rows
+
+
+def section(**options) -> DataSection:
+    return DataSection(train=DataSource("unused"), **options)
+
+
+def test_prompts_keep_problem_and_answer_for_the_rewards():
+    made = make_prompts(ROWS[:2], section(), conversational=False)
+    assert made.to_list() == [{"prompt": row["problem"], **row} for row in ROWS[:2]]
+
+
+def test_the_problem_goes_where_the_template_says():
+    # Braces in a problem or a template are no format fields.
+    rows = [{"problem": r"{x} of \boxed{}", "answer": "1"}]
+    [row] = make_prompts(rows, section(prompt=r"Q: {problem} In \boxed{}."), conversational=False).to_list()
+    assert row["prompt"] == r"Q: {x} of \boxed{} In \boxed{}."
+
+
+def test_a_chat_has_the_system_prompt_first():
+    [row] = make_prompts(ROWS[1:2], section(system_prompt="Be brief."), conversational=True).to_list()
+    assert row["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}]
+
+
+def test_a_chat_without_a_system_prompt_is_one_turn():
+    [row] = make_prompts(ROWS[1:2], section(), conversational=True).to_list()
+    assert row["prompt"] == [{"role": "user", "content": "1+1"}]
+
+
+def test_a_base_without_a_chat_template_reads_the_system_prompt_as_text():
+    [row] = make_prompts(ROWS[1:2], section(system_prompt="Be brief."), conversational=False).to_list()
+    assert row["prompt"] == "Be brief.\n\n1+1"
+
+
+def test_a_template_that_has_no_place_for_the_problem_is_refused():
+    with pytest.raises(UserError, match=r"no '\{problem\}' in it"):
+        section(prompt="What is it?")
+
+
+def test_chats_and_texts_become_tokens():
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    assert tokenizer.padding_side == "left"
+    [row] = dataset(seed=0, size=1)
+    [text] = prompt_tokens(tokenizer, [row["problem"]])
+    assert tokenizer.decode(text, skip_special_tokens=True) == row["problem"]
+    [chat] = prompt_tokens(tokenizer, [[{"role": "user", "content": row["problem"]}]])
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": row["problem"]}], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(chat) == rendered
+    assert row["problem"] in rendered

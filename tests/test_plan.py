@@ -1,0 +1,283 @@
+"""What a recipe will do, by hand; what is refused; and that a plan needs neither weights nor a network."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from bridge_rl import safety
+from bridge_rl.cli import main
+from bridge_rl.config import load_recipe
+from bridge_rl.errors import UserError
+from bridge_rl.plan import Batches, check, count_parameters, make_plan, work_out_batches
+from bridge_rl.presets import BRIDGES, LLAMA_8B, QWEN_1_5B, QWEN_7B, preset_config
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = RECIPES / "tiny_arith.yaml"
+ALL = sorted(RECIPES.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def batches(path, *overrides) -> Batches:
+    return work_out_batches(load_recipe(path, overrides))
+
+
+# -- batch arithmetic -------------------------------------------------------------------------------------------------
+
+
+def test_batches_of_one_process():
+    # 128 rows: 16 prompts of 8 completions, 32 groups of 4.
+    assert batches(
+        TINY, "training={per_device_train_batch_size: 128}", "rollout.width=4", "rollout.num_generations=8"
+    ) == Batches(
+        num_processes=1,
+        rows_per_micro_batch=128,
+        micro_batches_per_update=1,
+        rows_per_generation=128,
+        prompts_per_generation=16,
+        groups_per_rank=32,
+        groups_per_micro_batch=32,
+        updates_per_generation=1.0,
+    )
+
+
+@pytest.mark.parametrize("name", ["r1_distill_1.5b", "r1_distill_7b", "r1_distill_llama_8b"])
+def test_batches_of_eight_processes_with_accumulation(name):
+    # 4 rows x 16 micro-batches x 8 ranks = 512 rows: 64 prompts of 8 completions, 16 groups of 4 a rank.
+    assert batches(RECIPES / f"{name}.yaml") == Batches(
+        num_processes=8,
+        rows_per_micro_batch=4,
+        micro_batches_per_update=16,
+        rows_per_generation=512,
+        prompts_per_generation=64,
+        groups_per_rank=16,
+        groups_per_micro_batch=1,
+        updates_per_generation=1.0,
+    )
+
+
+def test_batches_of_a_wider_group():
+    # The same 512 rows in groups of 8: half as many groups, as many prompts, and a micro-batch of one group.
+    wider = ["rollout.width=8", "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=8"]
+    found = batches(RECIPES / "r1_distill_7b.yaml", *wider)
+    assert (found.rows_per_generation, found.prompts_per_generation) == (512, 64)
+    assert (found.groups_per_rank, found.groups_per_micro_batch) == (8, 1)
+
+
+def test_a_generation_batch_may_serve_several_updates():
+    # 2 micro-batches of 16 rows sampled at once, one an update, seen 3 times: 6 updates.
+    options = "training={per_device_train_batch_size: 16, steps_per_generation: 2, num_iterations: 3}"
+    found = batches(TINY, options)
+    assert (found.rows_per_generation, found.prompts_per_generation, found.groups_per_rank) == (32, 4, 8)
+    assert found.updates_per_generation == 6.0
+
+
+def test_a_generation_batch_may_be_given_in_rows():
+    # 64 rows over 1 process in micro-batches of 16: 4 of them, 2 an update.
+    options = "training={per_device_train_batch_size: 16, generation_batch_size: 64, gradient_accumulation_steps: 2}"
+    found = batches(TINY, options)
+    assert (found.rows_per_generation, found.updates_per_generation) == (64, 2.0)
+
+
+def test_the_launcher_says_how_many_processes_there_are(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = batches(TINY, "training={per_device_train_batch_size: 16}")
+    assert (found.num_processes, found.rows_per_generation, found.groups_per_rank) == (2, 32, 4)
+
+
+def test_trl_works_out_the_same_generation_batch():
+    from trl import GRPOConfig
+
+    for options in (
+        {"per_device_train_batch_size": 16, "steps_per_generation": 2, "num_iterations": 3},
+        {"per_device_train_batch_size": 16, "generation_batch_size": 64, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+    ):
+        args = GRPOConfig(num_generations=8, use_cpu=True, bf16=False, **options)
+        assert batches(TINY, f"training={options}").rows_per_generation == args.generation_batch_size
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+# (recipe, base parameters as published, D, inner width W, layers L)
+PRESETS = [
+    ("r1_distill_1.5b", QWEN_1_5B, 1_777_088_000, 1536, 6 * 48, 28),
+    ("r1_distill_7b", QWEN_7B, 7_615_616_512, 3584, 14 * 48, 28),
+    ("r1_distill_llama_8b", LLAMA_8B, 8_030_261_248, 4096, 16 * 48, 32),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "base", "d", "w", "layers"), PRESETS)
+def test_a_preset_adds_four_projections_and_a_norm_to_every_layer(name, model, base, d, w, layers):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert (recipe.model.path, recipe.bridge) == (model, BRIDGES[model])
+    total, new = count_parameters(preset_config(model), recipe)
+    assert new == 4 * d * w * layers + d * layers
+    assert total - new == base
+    assert 0.027 < new / base < 0.051  # the paper's band
+
+
+@pytest.mark.parametrize(("name", "model", "base", "d", "w", "layers"), PRESETS)
+def test_the_matched_control_of_a_preset_has_as_many_parameters(name, model, base, d, w, layers):
+    bridge = 4 * d * w * layers + d * layers
+    total, new = count_parameters(preset_config(model), load_recipe(RECIPES / f"{name}_pmatch.yaml"))
+    assert abs(new - bridge) <= 0.01 * bridge
+    assert total - new == base
+
+
+def test_what_is_trained_follows_the_mode():
+    bridge = "bridge={num_heads: 4, head_dim: 12}"
+    new = 4 * 128 * 48 * 4 + 128 * 4  # D 128, W 48, 4 layers
+    base = make_plan(load_recipe(TINY, ["bridge=null", "train=full"])).parameters
+    found = {
+        train: make_plan(load_recipe(TINY, [bridge, f"train={train}", "lora.r=2"]))
+        for train in ("bridge", "full", "lora")
+    }
+    assert [plan.new_parameters for plan in found.values()] == [new] * 3
+    assert found["bridge"].trained_parameters == new
+    assert found["full"].trained_parameters == base + new
+    # r x (in + out) of q, k, v, o (128 -> 128) and gate, up (128 -> 256), down (256 -> 128) in 4 layers.
+    assert found["lora"].trained_parameters == new + 2 * 4 * (4 * 256 + 3 * 384)
+
+
+def test_layers_that_carry_no_block_count_nothing():
+    recipe = load_recipe(TINY, ["bridge={num_heads: 4, head_dim: 12, layers: [1, 3]}"])
+    assert make_plan(recipe).new_parameters == 2 * (4 * 128 * 48 + 128)
+
+
+def test_memory_by_hand():
+    plan = make_plan(load_recipe(RECIPES / "r1_distill_llama_8b.yaml"))
+    total, memory = 8_030_261_248 + 4 * 4096 * 768 * 32 + 4096 * 32, plan.memory
+    assert memory.weights == 2 * total / 8  # bf16, ZeRO-3 over 8
+    assert memory.gradients == 2 * total / 8
+    assert memory.optimizer == 12 * total / 8
+    # 32 rows of 512 + 8192 tokens, keys and values of 8 heads of 128 in 32 layers, beside the gathered weights.
+    assert memory.kv_cache == 32 * 8704 * 2 * 2 * 32 * 8 * 128 + 2 * total
+    assert memory.peak == memory.weights + memory.optimizer + max(
+        memory.kv_cache, memory.gradients + memory.activations
+    )
+
+
+# -- dry runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights_no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan loads no weights and uses no network")
+
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # set for all tests
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr("bridge_rl.models.load_model", refuse)
+    monkeypatch.setattr("bridge_rl.data.load_dataset", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_a_dry_run_needs_neither_weights_nor_a_network(path, no_weights_no_network, capsys):
+    main(["train", str(path), "--dry-run"])
+    printed = capsys.readouterr().out
+    resolved, _, plan = printed.partition("\n\nmodel  ")
+    assert yaml.safe_load(resolved) == yaml.safe_load(load_recipe(path).to_yaml())
+    assert "generation batch" in plan
+    assert "conflict" not in plan
+    assert (" 0 new " in plan) == path.stem.endswith("_rlvr_only")
+
+
+def test_a_dry_run_lists_every_conflict(capsys):
+    overrides = ["training.use_vllm=true", "training.top_k=5", "training.learning_rte=1"]
+    with pytest.raises(SystemExit) as exit_code:
+        main(["train", str(TINY), *overrides, "--dry-run"])
+    assert exit_code.value.code == 2
+    captured = capsys.readouterr()
+    listed = [line for line in captured.out.splitlines() if line.startswith("conflict: ")]
+    assert len(listed) == 3
+    for key in ("use_vllm", "top_k", "learning_rte"):
+        assert any(f"training.{key}" in line for line in listed)
+    assert captured.err.startswith(f"error: {TINY}: 3 conflict(s), the first: ")
+
+
+def test_a_run_stops_at_the_first_conflict_and_counts_them():
+    recipe = load_recipe(TINY, ["training.use_vllm=true", "training.top_k=5"])
+    with pytest.raises(UserError, match=r"training.use_vllm is True: .* \(2 conflicts in all: --dry-run lists them\)"):
+        check(recipe)
+
+
+# -- conflicts --------------------------------------------------------------------------------------------------------
+
+UNSAFE = {
+    "use_vllm": True,
+    "use_transformers_continuous_batching": True,
+    "mask_truncated_completions": True,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "generation_kwargs": {"num_beams": 2},
+    "use_liger_kernel": True,
+    "sync_ref_model": True,
+    "ds3_gather_for_generation": False,
+    "auto_find_batch_size": True,
+}
+
+
+def test_every_unsafe_option_is_in_the_table_of_these_tests():
+    assert {key for key, _, _ in safety._UNSAFE} == set(UNSAFE)
+
+
+@pytest.mark.parametrize(("key", "value"), UNSAFE.items())
+def test_an_unsafe_option_is_a_conflict_and_its_safe_value_is_none(key, value):
+    [found] = safety.conflicts({key: value}, width=4)
+    assert found.startswith(f"training.{key} is {value!r}: ")
+    safe = next(safe for name, safe, _ in safety._UNSAFE if name == key)
+    assert list(safety.conflicts({key: safe}, width=4)) == []
+    assert make_plan(load_recipe(TINY, [f"training.{key}={value}"])).conflicts == [found]
+
+
+def test_cutting_groups_is_a_conflict():
+    assert "split_batches is on" in next(safety.conflicts({"accelerator_config": {"split_batches": True}}, 4))
+    assert "training.fsdp is set" in next(safety.conflicts({"fsdp": "full_shard"}, 4))
+    [found] = safety.conflicts({"per_device_train_batch_size": 6}, 4)
+    assert found == "training.per_device_train_batch_size is 6, which splits groups: make it a multiple of the width 4."
+    [found] = safety.conflicts({"num_generations": 6}, 4)
+    assert found.startswith("training.num_generations is 6, which splits groups")
+
+
+def test_trl_options_as_they_are_by_default_are_no_conflict():
+    from trl import GRPOConfig
+
+    args = GRPOConfig(use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=8)
+    assert list(safety.conflicts(vars(args), 4)) == []
+    safety.check_safe(vars(args), 4)
+
+
+def test_checking_raises_the_first_conflict():
+    with pytest.raises(UserError, match=r"training\.use_vllm is True"):
+        safety.check_safe({"use_vllm": True, "top_k": 5}, 4)
+
+
+def test_a_generation_batch_that_splits_a_prompt_is_a_conflict():
+    # 4 rows are one group of 4, and half of a prompt's 8 completions.
+    [found] = make_plan(load_recipe(TINY, ["training.per_device_train_batch_size=4"])).conflicts
+    assert found.startswith("a generation batch of 4 rows")
+    assert "rollout.num_generations 8" in found
+
+
+def test_another_number_of_processes_than_planned_is_a_conflict(monkeypatch):
+    recipe = load_recipe(RECIPES / "r1_distill_1.5b.yaml")
+    assert make_plan(recipe).conflicts == []  # planned here, run elsewhere
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    [found] = make_plan(recipe).conflicts
+    assert found.startswith("launch.num_processes is 8 but this run has 4")
+
+
+def test_options_that_another_section_decides_name_that_section():
+    [found] = make_plan(load_recipe(TINY, ["training.max_completion_length=9"])).conflicts
+    assert found == "training.max_completion_length is decided elsewhere: use rollout.max_new_tokens."

@@ -1,0 +1,72 @@
+"""The places in TRL, transformers and PEFT that the trainer and the surgery rest on; new versions move them."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from bridge_rl.safety import _UNSAFE
+from bridge_rl.surgery import SERVED_FAMILIES
+from bridge_rl.trainer import BridgeGRPOTrainer
+
+OVERRIDDEN = [
+    "_generate_and_score_completions",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+    "_calculate_rewards",
+    "_get_train_sampler",
+    "_save_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "create_model_card",
+    "evaluate",
+    "_save",
+    "_load_from_checkpoint",
+]
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_the_trainer_overrides_exists_in_its_host(name):
+    assert name in vars(BridgeGRPOTrainer)
+    assert callable(getattr(GRPOTrainer, name))
+
+
+def test_the_trainer_overrides_nothing_else():
+    inherited = {name for name in vars(BridgeGRPOTrainer) if hasattr(GRPOTrainer, name) and not name.startswith("__")}
+    metadata = {"_tag_names", "_name", "_abc_impl"}
+    assert inherited - metadata == set(OVERRIDDEN)
+
+
+def test_trl_shuffles_and_splits_rows_where_the_blocks_are_given():
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "shuffle_sequence_dict(" in source
+    assert "split_tensor_dict(" in source
+
+
+def test_the_reference_is_asked_for_before_peft():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "if self.ref_model is not None:" in source
+
+
+def test_the_sampler_keeps_a_generator_and_a_seed():
+    sampler = RepeatSampler(range(4), mini_repeat_count=1, seed=3)
+    assert sampler.generator.initial_seed() == 3
+    assert "_load_from_checkpoint" in vars(Trainer)
+
+
+@pytest.mark.parametrize("option", [option for option, _, _ in _UNSAFE])
+def test_every_refused_option_still_exists(option):
+    assert option in GRPOConfig.__dataclass_fields__
+
+
+@pytest.mark.parametrize("family", SERVED_FAMILIES)
+def test_layers_of_served_families_checkpoint_and_take_keywords(family):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1))
+    layer = model.base_model.layers[0]
+    assert isinstance(layer, GradientCheckpointingLayer)
+    kinds = {parameter.kind for parameter in inspect.signature(type(layer).forward).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD in kinds
