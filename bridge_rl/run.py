@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     if checkpoint is not None:
         check_same_recipe(recipe, output, DECIDES_RUN)
     args = training_arguments(recipe)
-    if recipe.warmup is not None and is_bridge_checkpoint(warmup_directory(recipe)):
-        check_same_recipe(recipe, warmup_directory(recipe), DECIDES_WARMUP)
-    elif recipe.warmup is not None:
-        if deepspeed_is_configured() and PartialState().num_processes > 1:
-            raise UserError(
-                "warmup: the warm-up runs without ZeRO (it trains the new parameters only), so run it first: "
-                "accelerate launch launch/warmup.py with the same recipe and overrides."
-            )
+    if recipe.warmup is not None:
         warm_up(recipe)
     start_tracking(recipe)
     tokenizer = load_tokenizer(recipe.model)
@@ -99,15 +92,21 @@ def train(recipe: Recipe) -> dict[str, float]:
 
 
 def warm_up(recipe: Recipe) -> None:
-    """Make the warm-up's data unless it exists, train the new parameters, and save the Bridge."""
+    """Unless this was done before: make the warm-up's data, train the new parameters, and save the Bridge."""
     assert recipe.warmup is not None
     prepare_distributed()
     state = PartialState()
     section, directory = recipe.warmup, warmup_directory(recipe)
+    if is_bridge_checkpoint(directory):
+        return check_same_recipe(recipe, directory, DECIDES_WARMUP)
+    if deepspeed_is_configured() and state.num_processes > 1:
+        raise UserError(
+            "warmup: the warm-up runs without ZeRO (it trains the new parameters only), so run it first: "
+            "accelerate launch launch/warmup.py with the same recipe and overrides."
+        )
     tokenizer = load_tokenizer(recipe.model)
     reward = load_reward(recipe.rewards[0], 0)
-    model = load_policy(recipe)
-    model.to(state.device)
+    model = load_policy(replace(recipe, train="bridge")).to(state.device)  # the base stays in its own dtype
     path = Path(section.path) if section.path else directory / "groups.jsonl"
     if path.is_file():
         groups = read_groups(path)
