@@ -59,7 +59,7 @@ class DataSource:
     path: hub id, a `.jsonl` or `.parquet` file, or `package.module:function`, which is called with `kwargs` and
         returns rows.
     answer_pattern: a regular expression whose first group is the answer (GSM8K: `#### (.+)`); None: the whole column.
-    check_answers: refuse rows whose answer math-verify cannot read. Off for tasks with a checker of their own.
+    check_answers: refuse (true) or `drop` rows whose answer math-verify cannot read; false for other checkers.
     size: use at most the first so many rows, after shuffling by the recipe's seed if `shuffle`.
     """
 
@@ -71,7 +71,7 @@ class DataSource:
     problem_column: str = "problem"
     answer_column: str = "answer"
     answer_pattern: str | None = None
-    check_answers: bool = True
+    check_answers: Literal["drop"] | bool = True
     size: int | None = None
     shuffle: bool = False
     __pydantic_config__: ClassVar = STRICT

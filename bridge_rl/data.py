@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
@@ -42,9 +43,7 @@ def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any
         if not isinstance(problem, str) or not problem.strip():
             raise UserError(f"{key}: row {number} of {source.path} has an empty '{source.problem_column}'.")
         problems.append({"problem": problem, "answer": answer})
-    if source.check_answers:
-        _check_answers(problems, order, source, key)
-    return problems
+    return _readable(problems, order, source, key) if source.check_answers else problems
 
 
 def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
@@ -131,16 +130,27 @@ def _answer(value: Any, source: DataSource, key: str, number: int) -> str:
     return answer
 
 
-def _check_answers(problems: list[dict[str, Any]], order: list[int], source: DataSource, key: str) -> None:
+def _readable(problems: list[dict[str, Any]], order: list[int], source: DataSource, key: str) -> list[dict[str, Any]]:
+    """The problems whose answer math-verify can read. Raises UserError naming the first other row, unless dropped."""
     from bridge_rl.verify import gold_parses
 
-    bad = [n for n, ok in enumerate(gold_parses([row["answer"] for row in problems])) if not ok]
-    if bad:
+    readable = gold_parses([row["answer"] for row in problems])
+    bad = [n for n, ok in enumerate(readable) if not ok]
+    kept = [row for row, ok in zip(problems, readable, strict=True) if ok]
+    if not bad:
+        return kept
+    found = (
+        f"{key}: math-verify cannot read the answer of row {order[bad[0]]} of {source.path}, "
+        f"{problems[bad[0]]['answer']!r} ({len(bad)} of {len(problems)} rows)"
+    )
+    if source.check_answers != "drop" or not kept:
         raise UserError(
-            f"{key}: math-verify cannot read the answer of row {order[bad[0]]} of {source.path}, "
-            f"{problems[bad[0]]['answer']!r} ({len(bad)} such rows): mend them, or set check_answers=false if your "
-            "reward does not use math-verify."
+            f"{found}: mend them, set check_answers=drop to go without them, or check_answers=false if your reward "
+            "does not use math-verify."
         )
+    if PartialState().is_main_process:
+        print(f"{found}: dropped.", flush=True)
+    return kept
 
 
 def make_prompts(problems: list[dict[str, Any]], section: DataSection, conversational: bool) -> Dataset:

@@ -106,6 +106,8 @@ def make_plan(recipe: Recipe) -> Plan:
     memory = estimate_memory(recipe, config, batches, total, trained)
     found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
     found += batch_conflicts(recipe, batches) + file_conflicts(recipe)
+    if recipe.train == "full" and recipe.training.get("beta") and recipe.model.gguf_file:
+        found.append("training.beta needs a second model with train=full, which cannot come from GGUF: set beta=0.")
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and recipe.rollout.max_new_tokens >= longest:
         found.append(

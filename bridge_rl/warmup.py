@@ -49,7 +49,7 @@ def sample_warmup_groups(
     section: WarmupSection,
     max_new_tokens: int,
     seed: int,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> list[WarmupGroup]:
     """Completions of the base for every problem, in order, sampled by all ranks together."""
     state = PartialState()

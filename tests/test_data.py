@@ -169,3 +169,10 @@ def test_chats_and_texts_become_tokens():
     )
     assert tokenizer.decode(chat) == rendered
     assert row["problem"] in rendered
+
+
+def test_rows_with_unreadable_answers_are_dropped_when_asked(tmp_path, capsys):
+    rows = [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": r"\frac{1"}, {"problem": "r", "answer": "3"}]
+    kept = load(jsonl(tmp_path / "p.jsonl", rows), check_answers="drop")
+    assert [row["answer"] for row in kept] == ["1", "3"]
+    assert "row 1 of" in capsys.readouterr().out

@@ -49,7 +49,7 @@ def sample_groups(
     seed: int,
     rank: int = 0,
     num_ranks: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[SampledGroup]:
     """Every problem in `rows` (with `prompt`, `problem`, `answer`) at every width; this rank's share of them.
 
