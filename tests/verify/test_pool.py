@@ -178,6 +178,20 @@ def test_the_number_of_workers_comes_from_the_environment(monkeypatch):
         VerifierPool()
 
 
+def test_a_large_parent_does_not_make_its_workers_leave():
+    """A child's ru_maxrss starts at its parent's: with it, a trainer of many GiB would restart a worker every item."""
+    ballast = bytearray(300 * 2**20)  # the parent is above half of the workers' limit
+    pool = VerifierPool(size=1, memory_bytes=600 * 2**20)
+    judge_right(pool)
+    (pid,) = pool.worker_pids
+    for _ in range(3):
+        judge_right(pool)
+        time.sleep(0.05)
+    assert pool.worker_pids == [pid]
+    pool.close()
+    del ballast
+
+
 def test_a_worker_killed_once_from_outside_costs_nothing(pool):
     judge_right(pool)
     (pid,) = pool.worker_pids
