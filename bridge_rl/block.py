@@ -75,15 +75,19 @@ class BridgeBlock(nn.Module):
         nn.init.ones_(self.norm.weight)
 
     def forward(self, x: Tensor, alive: Tensor | None = None) -> Tensor:
-        """`x` [B, T, D] -> [B, T, D]. `alive` bool [G, N, T]; None: every row is a group of its own."""
+        """`x` [B, T, D] -> [B, T, D]. `alive` bool [G, N, T], or [B, B] over ragged groups; None: rows are alone."""
         if alive is None:
             alive = x.new_ones(x.shape[0], 1, x.shape[1], dtype=torch.bool)
+        width = alive.shape[1]
         y = self.norm(x.to(self.norm.weight.dtype))
-        q, k, v = (self._heads(projection(y), alive.shape[1]) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self._heads(projection(y), width) for projection in (self.q_proj, self.k_proj, self.v_proj))
         scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # [G, T, H, N, N]
-        # A row that is not alive sees itself, so that its unused output stays finite.
-        itself = torch.eye(alive.shape[1], dtype=torch.bool, device=x.device)
-        visible = alive.permute(0, 2, 1)[:, :, None, None, :] | itself
+        if alive.dim() == 2:
+            visible = alive  # one set of N = B rows
+        else:
+            # A row that is not alive sees itself, so that its unused output stays finite.
+            itself = torch.eye(width, dtype=torch.bool, device=x.device)
+            visible = alive.permute(0, 2, 1)[:, :, None, None, :] | itself
         weights = scores.float().masked_fill(~visible, float("-inf")).softmax(dim=-1)
         mixed = weights.to(v.dtype) @ v  # [G, T, H, N, K]
         mixed = merge_rows(mixed.permute(0, 3, 1, 2, 4)).flatten(-2)  # [B, T, H*K]

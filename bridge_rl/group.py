@@ -5,7 +5,8 @@ Shapes: G groups, N width, B = G*N rows, T tokens (columns).
 Rows of a group are contiguous and in order: row b belongs to group b // N. Nothing outside this file computes that.
 A layout of groups is one bool tensor `alive` of shape [G, N, T]: row n of group g holds a token at column t that its
 siblings may see. Padding is not alive. A row's EOS column is alive, the columns after it are not: siblings see the EOS
-once, in generation as in training.
+once, in generation as in training. While groups are sampled their rows leave one by one: one step's layout is then the
+bool matrix of `same_group`, [R, R] over the R rows that are left.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,12 @@ def merge_rows(x: Tensor) -> Tensor:
 def alive_from_mask(attention_mask: Tensor, width: int) -> Tensor:
     """The layout [G, N, T] of a full-sequence forward whose 2-D `attention_mask` [B, T] is 0 on padding."""
     return split_rows(attention_mask.bool(), width)
+
+
+def same_group(group_of_row: Sequence[int], device: torch.device | str) -> Tensor:
+    """The layout [R, R] of one step over ragged groups: which rows see each other."""
+    groups = torch.tensor(group_of_row, device=device)
+    return groups[:, None] == groups[None, :]
 
 
 def repeat_for_rows(per_group: Sequence[Item], width: int) -> list[Item]:

@@ -1,12 +1,14 @@
-"""The slow, obvious oracle: one padded full-sequence forward over whole groups."""
+"""The slow, obvious oracles: a padded full-sequence forward, and a loop in which every row runs to the end."""
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from bridge_rl.group import groups_of, pad_left, pad_right, repeat_for_rows
-from bridge_rl.rollout.sampling import scaled_logprobs
+from bridge_rl.group import groups_of, pad_left, pad_right, repeat_for_rows, split_rows
+from bridge_rl.rollout.engine import Group, eos_token_ids
+from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms, scaled_logprobs
 from bridge_rl.surgery import group_width, has_bridge
 
 
@@ -42,3 +44,65 @@ def group_logprobs(
     logprobs = scaled_logprobs(logits[:, prompt.shape[1] - 1 : -1], temperature)
     chosen = logprobs.gather(-1, completion[:, :, None])[:, :, 0].tolist()
     return groups_of([values[: len(row)] for values, row in zip(chosen, rows, strict=True)], width)
+
+
+@torch.no_grad()
+def generate_groups_slowly(
+    model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], width: int, params: SamplingParams
+) -> list[Group]:
+    """What `generate_groups` must return: all rows in one padded batch, finished ones too, with stock caches."""
+    eos = torch.tensor(eos_token_ids(model, params), device=model.device, dtype=torch.long)
+    indices = range(len(prompt_ids))
+    device = model.device
+    uniforms = group_uniforms(params.seed, indices, width, params.max_new_tokens).to(device)
+    # Prefill, one row a group: on prompt tokens all rows are equal, and attention over equal rows gives their value.
+    ids, mask = pad_left(prompt_ids, 0, device)
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+        **_alive(model, mask[:, None, :].bool()),
+    )
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(width)
+    mask, logits = (x.repeat_interleave(width, dim=0) for x in (mask, output.logits[:, -1]))
+    position = mask.sum(-1, keepdim=True)  # [B, 1], of the token to be fed next
+
+    tokens, logprobs = [], []
+    alive = torch.ones(len(mask), dtype=torch.bool, device=device)  # [B], rows still sampling
+    for step in range(params.max_new_tokens):
+        token, logprob = draw_tokens(logits, uniforms[step], params)
+        tokens.append(token)
+        logprobs.append(logprob)
+        seen = alive  # a row that has just drawn its EOS is seen once more, at the EOS's column
+        alive = alive & ~torch.isin(token, eos)
+        if step + 1 == params.max_new_tokens or not alive.any():
+            break
+        mask = torch.cat([mask, seen[:, None].to(mask.dtype)], dim=1)
+        output = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            **_alive(model, split_rows(seen[:, None], width)),
+        )
+        logits, position = output.logits[:, -1], position + 1
+    return _collect(torch.stack(tokens, 1), torch.stack(logprobs, 1), eos, width)
+
+
+def _alive(model: PreTrainedModel, alive: Tensor) -> dict[str, Tensor]:
+    """The layout as a keyword; models without blocks do not take it."""
+    return {"bridge_alive": alive} if getattr(model.config, "bridge", None) else {}
+
+
+def _collect(tokens: Tensor, logprobs: Tensor, eos: Tensor, width: int) -> list[Group]:
+    """[B, T] tokens and log-probs, cut after each row's first EOS."""
+    is_eos = torch.isin(tokens, eos)
+    stopped = is_eos.any(dim=1).tolist()
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, tokens.shape[1]).tolist()
+    rows = zip(tokens.tolist(), logprobs.tolist(), lengths, stopped, strict=True)
+    cut = [(row[:n], logprob[:n], "stop" if stop else "length") for row, logprob, n, stop in rows]
+    return [Group(*map(list, zip(*group, strict=True))) for group in groups_of(cut, width)]

@@ -5,6 +5,7 @@ import torch
 from conftest import ALL_FAMILIES, make_base, make_bridged
 
 import bridge_rl as br
+from bridge_rl.rollout.reference import generate_groups_slowly
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [30, 31]]
 # Several ends make rows finish at different steps.
@@ -29,6 +30,79 @@ def test_lockstep_decode_matches_full_forward(family, width):
     lengths = {len(row) for group in groups for row in group.tokens}
     assert len(lengths) >= 3, "the finishes are not ragged: the test would prove little"
     assert worst_difference(model, PROMPTS, groups) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("max_rows", [None, 4, 9])
+def test_scheduled_rollout_equals_the_slow_loop(family, max_rows):
+    """The same tokens and reasons, whether all groups run at once or are admitted as rows finish."""
+    model = make_bridged(family)
+    prompts = PROMPTS * 3
+    slow = generate_groups_slowly(model, prompts, 4, PARAMS)
+    fast = br.generate_groups(model, prompts, 4, PARAMS, max_rows=max_rows)
+    assert [group.tokens for group in fast] == [group.tokens for group in slow]
+    assert [group.finish_reasons for group in fast] == [group.finish_reasons for group in slow]
+    assert worst_difference(model, prompts, fast) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral", "phi3", "qwen3_moe"])
+def test_a_sliding_window_is_kept(family):
+    model = make_bridged(family, sliding_window=4)
+    groups = br.generate_groups(model, PROMPTS, 4, PARAMS, max_rows=8)
+    assert max(len(row) for group in groups for row in group.tokens) > 8
+    assert worst_difference(model, PROMPTS, groups) <= 1e-5
+
+
+def test_rows_with_limits_of_their_own_match_the_full_forward(bridged):
+    """A row at its limit is seen once more, at its last token, as its mask says in the full forward."""
+    limits = [[3, 9, 1, 6], [2, 2, 2, 2], [12, 1, 1, 5], [4, 8, 12, 2]]
+    params = br.SamplingParams(12, seed=3, eos_token_id=[])
+    groups = br.generate_groups(bridged, PROMPTS, 4, params, max_rows=8, limits=limits)
+    assert [[len(row) for row in group.tokens] for group in groups] == limits
+    assert worst_difference(bridged, PROMPTS, groups) <= 1e-5
+
+
+def test_no_prompts_give_no_groups(bridged):
+    assert br.generate_groups(bridged, [], 4, PARAMS) == []
+
+
+def test_a_family_that_is_not_served_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="model family 'gpt2'"):
+        br.generate_groups(model, [[1]], 2, PARAMS)
+
+
+def test_eager_attention_samples_the_same(family):
+    prompts = PROMPTS * 2
+    groups = [
+        br.generate_groups(make_bridged(family, attn_implementation=attention), prompts, 4, PARAMS, max_rows=8)
+        for attention in ("sdpa", "eager")
+    ]
+    assert [group.tokens for group in groups[0]] == [group.tokens for group in groups[1]]
+
+
+def test_the_order_of_admission_changes_no_token(bridged):
+    order = [2, 0, 3, 1]
+    expected = br.generate_groups(bridged, PROMPTS, 4, PARAMS)
+    found = br.generate_groups(bridged, [PROMPTS[n] for n in order], 4, PARAMS, indices=order, max_rows=4)
+    assert [group.tokens for group in found] == [expected[n].tokens for n in order]
+
+
+def test_a_finished_row_costs_nothing_more(bridged):
+    """Rows fed to the model, counted: at most one a token, and never more than may run."""
+    fed = []
+    hook = bridged.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    long_prompts = [prompt * 2 for prompt in PROMPTS]  # so that one column is a step and no prefill
+    groups = br.generate_groups(bridged, long_prompts, 4, PARAMS, max_rows=8)
+    hook.remove()
+    steps = [rows for rows, columns in fed if columns == 1]
+    tokens = sum(len(row) for group in groups for row in group.tokens)
+    assert max(steps) <= 8
+    assert sum(steps) <= tokens
 
 
 def test_rows_cut_at_the_limit_match_too(bridged):
