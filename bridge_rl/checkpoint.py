@@ -51,6 +51,8 @@ def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = Fa
     """
     directory = Path(directory)
     state = find_state(model)
+    if hasattr(model, "peft_config"):
+        raise UserError("The model is wrapped by PEFT: merge the adapter first (model.merge_and_unload()).")
     if not merged and fingerprint(model) != state.fingerprint:
         raise UserError(
             "The base weights have changed since the Bridge was attached, so the Bridge alone is not the model: "

@@ -210,7 +210,7 @@ class EvaluationSection:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
-    max_rows: int | None = 512
+    max_rows: int | None = 64
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
@@ -246,13 +246,13 @@ class LoggingSection:
 class LaunchSection:
     """What the recipe is planned for; a run on other hardware is refused until this says so.
 
-    num_processes: None accepts any. gpu_memory_gb: for the estimate of the plan. zero_stage: for the estimate when
-    the launcher has not configured DeepSpeed.
+    num_processes: None accepts any. gpu_memory_gb: of one GPU, for the plan. zero_stage: of DeepSpeed, which a run of
+    several processes turns on unless the launcher has configured it.
     """
 
     num_processes: int | None = None
     gpu_memory_gb: float | None = None
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 2, 3] = 0
     __pydantic_config__: ClassVar = STRICT
 
 

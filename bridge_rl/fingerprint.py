@@ -8,24 +8,28 @@ from typing import Any
 import torch
 from torch import nn
 
-SAMPLE = 256  # elements read of each chosen weight
+SAMPLE = 64  # elements read of each weight, evenly spaced
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of a base's shapes and of a few of its weights, the same for fp32 and bf16 loads of one checkpoint.
+    """Digest of names, shapes and a sample of every weight of the base, the same for fp32 and bf16 loads.
 
-    A model on the meta device has no weights: its fingerprint says so and matches any base of its shapes.
+    A model on the meta device has no weights: its fingerprint covers names and shapes, and says so.
     """
-    digest = hashlib.sha256()
-    weights = {name: p for name, p in model.named_parameters() if ".bridge." not in name and "lora_" not in name}
+    weights = {
+        _plain_name(name): p for name, p in model.named_parameters() if ".bridge." not in name and "lora_" not in name
+    }
     names = sorted(weights)
-    digest.update(json.dumps([_plain_name(n) for n in names]).encode())
-    chosen = [weights[name] for name in (*names[:2], *names[len(names) // 2 : len(names) // 2 + 2], *names[-2:])]
-    if any(p.is_meta for p in chosen):
+    # Under ZeRO-3 a parameter's own shape is empty; `ds_shape` is the whole one's.
+    shapes = {name: list(getattr(weights[name], "ds_shape", weights[name].shape)) for name in names}
+    digest = hashlib.sha256(json.dumps(shapes).encode())
+    if any(p.is_meta for p in weights.values()):
         return "meta:" + digest.hexdigest()[:32]
-    for parameter in chosen:
+    for name in names:
+        parameter = weights[name]
         with _gathered(parameter):
-            sample = parameter.detach().flatten()[:SAMPLE].to("cpu", torch.bfloat16)
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 

@@ -83,13 +83,24 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     try:
         if is_bridge_checkpoint(path):
             return load_bridge(path, **options)
-        return AutoModelForCausalLM.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
     except UserError:
         raise
     except SafetensorError as error:
         raise UserError(f"model.path: {section.path} has damaged weights ({error}): fetch or save it again.") from error
     except (OSError, ValueError) as error:
         raise _cannot_load(section, path, error) from error
+    if getattr(model.config, "bridge", None):
+        raise UserError(
+            f"model.path: {section.path} had a Bridge when it was saved, but there is no bridge_config.json, so its "
+            "blocks would be dropped: save it with bridge_rl.save_bridge, or name a local copy of the whole directory."
+        )
+    return model
+
+
+def uses_deepspeed() -> bool:
+    """Whether this run is under DeepSpeed: by `accelerate launch`'s configuration, or by the recipe's zero_stage."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def _cannot_load(section: ModelSection, path: str, error: Exception) -> UserError:
@@ -121,7 +132,7 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     if recipe.bridge is not None and not has_bridge(model):
         torch.manual_seed(recipe.seed)
         attach_bridge(model, recipe.bridge)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if uses_deepspeed():
         return model
     if recipe.train == "full":
         model.float()

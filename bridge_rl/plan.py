@@ -15,9 +15,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import GRPOConfig
 
+from bridge_rl.checkpoint import is_bridge_checkpoint
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import FILE_FORMATS, import_function
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation.run import PROBLEMS_PER_CALL
 from bridge_rl.models import load_reward, model_config, resolve_path
 from bridge_rl.presets import preset_config
 from bridge_rl.safety import conflicts
@@ -106,8 +108,12 @@ def make_plan(recipe: Recipe) -> Plan:
     memory = estimate_memory(recipe, config, batches, total, trained)
     found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
     found += batch_conflicts(recipe, batches) + file_conflicts(recipe)
-    if recipe.train == "full" and recipe.training.get("beta") and recipe.model.gguf_file:
-        found.append("training.beta needs a second model with train=full, which cannot come from GGUF: set beta=0.")
+    own_base = recipe.model.gguf_file or recipe.model.revision or is_bridge_checkpoint(resolve_path(recipe.model.path))
+    if recipe.train == "full" and recipe.training.get("beta") and own_base:
+        found.append(
+            "training.beta with train=full loads a second model as reference, and cannot from GGUF, a revision or a "
+            "checkpoint with a Bridge: set beta=0, or train=bridge or lora."
+        )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and recipe.rollout.max_new_tokens >= longest:
         found.append(
@@ -119,6 +125,13 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def check(recipe: Recipe) -> Plan:
     """`make_plan`, or UserError with the first conflict, here also between the recipe and this machine."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    planned = recipe.launch.num_processes
+    if planned is not None and world != planned:
+        raise UserError(
+            f"launch.num_processes is {planned} but this run has {world}, so an update would see another number of "
+            f"prompts: accelerate launch {planned} processes, or set launch.num_processes={world}."
+        )
     plan = make_plan(recipe)
     if plan.conflicts:
         more = f" ({len(plan.conflicts)} conflicts in all: --dry-run lists them)" if len(plan.conflicts) > 1 else ""
@@ -175,7 +188,7 @@ def lora_parameters(config: PreTrainedConfig, r: int) -> int:
 
 def work_out_batches(recipe: Recipe) -> Batches:
     training, rollout = recipe.training, recipe.rollout
-    num_processes = int(os.environ.get("WORLD_SIZE", 0)) or recipe.launch.num_processes or 1
+    num_processes = recipe.launch.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
     rows = training.get("per_device_train_batch_size", 8)
     accumulation = training.get("gradient_accumulation_steps", 1)
     per_generation = training.get("steps_per_generation") or accumulation
@@ -218,11 +231,20 @@ def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, t
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     per_token = 2 * 2 * layers * kv_heads * head_dim
-    rows = min(recipe.rollout.max_rows or 10**9, batches.groups_per_rank * recipe.rollout.width)
-    kv_cache = per_token * rows * (prompt + recipe.rollout.max_new_tokens)
+    kv_cache = per_token * max(sampled_tokens(recipe, batches, prompt))
     if stage == 3:
         kv_cache += bytes_per_weight * total  # all parameters are gathered while sampling
     return Memory(weights, gradients, optimizer, activations, kv_cache)
+
+
+def sampled_tokens(recipe: Recipe, batches: Batches, prompt: int) -> Iterator[int]:
+    """Tokens in the cache at once, at most: in a rollout or an evaluation."""
+    rollout, evaluation = recipe.rollout, recipe.evaluation
+    rows = min(rollout.max_rows or 10**9, batches.groups_per_rank * rollout.width)
+    yield rows * (prompt + rollout.max_new_tokens)
+    if recipe.data.eval is not None:
+        rows = min(evaluation.max_rows or 10**9, PROBLEMS_PER_CALL * max(evaluation.samples, *evaluation.widths))
+        yield rows * (prompt + (evaluation.max_new_tokens or rollout.max_new_tokens))
 
 
 def unknown_options(recipe: Recipe) -> Iterator[str]:
@@ -245,12 +267,6 @@ def batch_conflicts(recipe: Recipe, batches: Batches) -> list[str]:
             f"a generation batch of {batches.rows_per_generation} rows (per_device_train_batch_size x "
             f"gradient_accumulation_steps x {batches.num_processes} processes) is no multiple of "
             f"rollout.num_generations {recipe.rollout.num_generations}: change training.per_device_train_batch_size."
-        )
-    planned = recipe.launch.num_processes
-    if planned is not None and "WORLD_SIZE" in os.environ and batches.num_processes != planned:
-        found.append(
-            f"launch.num_processes is {planned} but this run has {batches.num_processes}, so an update would see "
-            f"another number of prompts: launch {planned}, or set launch.num_processes={batches.num_processes}."
         )
     return found
 

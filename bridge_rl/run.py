@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
@@ -23,7 +22,7 @@ from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.run import SampledGroup, aggregate, num_completions, sample_groups, write_results
-from bridge_rl.models import find_file, load_policy, load_reward, load_tokenizer
+from bridge_rl.models import find_file, load_policy, load_reward, load_tokenizer, uses_deepspeed
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.results import provenance
@@ -32,15 +31,17 @@ from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
 
 # Sections that decide what is in a directory; going on with others would mix two runs without a sound.
-DECIDES_WARMUP = ("model", "bridge", "warmup", "seed")
+DECIDES_WARMUP = ("model", "bridge", "data", "rewards", "warmup", "seed")
 DECIDES_RUN = ("model", "bridge", "train", "data", "rewards", "rollout", "seed")
+# How long ranks wait for one that samples longer.
+PATIENCE = timedelta(hours=2)
 
 
 def train(recipe: Recipe) -> dict[str, float]:
     """Run the recipe and return the final evaluation's metrics. The plan has been checked by the caller."""
     prepare_distributed()
     output = Path(recipe.output_dir)
-    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+    checkpoint = last_complete_checkpoint(output)
     if checkpoint is not None:
         check_same_recipe(recipe, output, DECIDES_RUN)
     args = training_arguments(recipe)
@@ -95,11 +96,11 @@ def warm_up(recipe: Recipe) -> None:
     """Unless this was done before: make the warm-up's data, train the new parameters, and save the Bridge."""
     assert recipe.warmup is not None
     prepare_distributed()
-    state = PartialState()
+    state = PartialState(timeout=PATIENCE)
     section, directory = recipe.warmup, warmup_directory(recipe)
     if is_bridge_checkpoint(directory):
         return check_same_recipe(recipe, directory, DECIDES_WARMUP)
-    if deepspeed_is_configured() and state.num_processes > 1:
+    if uses_deepspeed() and state.num_processes > 1:
         raise UserError(
             "warmup: the warm-up runs without ZeRO (it trains the new parameters only), so run it first: "
             "accelerate launch launch/warmup.py with the same recipe and overrides."
@@ -107,6 +108,11 @@ def warm_up(recipe: Recipe) -> None:
     tokenizer = load_tokenizer(recipe.model)
     reward = load_reward(recipe.rewards[0], 0)
     model = load_policy(replace(recipe, train="bridge")).to(state.device)  # the base stays in its own dtype
+    if (directory / "recipe.yaml").is_file():  # a warm-up that was cut off: its completions are good for the same one
+        check_same_recipe(recipe, directory, DECIDES_WARMUP)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        save_recipe(recipe, directory)
     path = Path(section.path) if section.path else directory / "groups.jsonl"
     if path.is_file():
         groups = read_groups(path)
@@ -115,7 +121,9 @@ def warm_up(recipe: Recipe) -> None:
         rows = rows[: section.problems]
         with Bar("warm-up samples", len(rows) // state.num_processes) as bar:
             limit = recipe.rollout.max_new_tokens
-            groups = sample_warmup_groups(model, tokenizer, rows, reward, section, limit, recipe.seed, bar.update)
+            groups = sample_warmup_groups(
+                model, tokenizer, rows, reward, section, limit, recipe.rollout.max_rows, recipe.seed, bar.update
+            )
         if state.is_main_process:
             write_groups(path, groups)
     kept = usable(groups, section)
@@ -140,13 +148,23 @@ def warm_up(recipe: Recipe) -> None:
     history = train_blocks(model, kept, section, args, [RewardProgress("warm-up")])
     if state.is_main_process:
         save_bridge(model, directory)
-        save_recipe(recipe, directory)
         write_history(history, directory)
     state.wait_for_everyone()
 
 
 def warmup_directory(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / "warmup"
+
+
+def last_complete_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that was written to its end; says which ones were not."""
+    numbered = [folder for folder in output.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(numbered, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+        if (folder / "trainer_state.json").is_file():
+            return str(folder)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{folder} is not complete (the run ended while it was saved): going on from the one before.")
+    return None
 
 
 def save_recipe(recipe: Recipe, directory: Path) -> None:
@@ -175,16 +193,11 @@ def write_history(history: list[dict[str, float]], directory: Path) -> None:
 # -- pieces of a run ------------------------------------------------------------------------------------------------
 
 
-def deepspeed_is_configured() -> bool:
-    """Whether `accelerate launch` was given a DeepSpeed configuration."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-
-
 def prepare_distributed() -> None:
-    """On CPU: gloo before anything asks for a backend, and no shared-memory operator that DeepSpeed would compile."""
+    """On CPU, keep DeepSpeed from compiling its shared-memory operator, which takes minutes and is not used."""
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if deepspeed_is_configured():
+    if uses_deepspeed():
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -194,7 +207,7 @@ def device_arguments(recipe: Recipe) -> dict[str, Any]:
     """Where and in what precision to run: bf16 on a GPU, fp32 on CPU (over gloo with several processes)."""
     if torch.cuda.is_available():
         return {"bf16": recipe.training.get("bf16", True)}
-    if deepspeed_is_configured():
+    if uses_deepspeed():
         # With use_cpu accelerate would believe in a world of one process.
         return {"bf16": False, "use_cpu": False, "ddp_backend": "gloo"}
     return {"bf16": False, "use_cpu": True}
@@ -217,11 +230,12 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "eval_steps": recipe.evaluation.every if evaluating else None,
         "per_device_eval_batch_size": rollout.num_generations,  # of TRL's evaluation loop, which ours replaces
         "num_completions_to_print": 0,
-        "ddp_timeout": int(timedelta(hours=2).total_seconds()),
+        "ddp_timeout": int(PATIENCE.total_seconds()),
         "disable_tqdm": True,  # our own bar shows the reward
     }
-    if recipe.launch.zero_stage > 0 and not deepspeed_is_configured() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        options["deepspeed"] = str(find_file(f"launch/deepspeed/zero{max(2, recipe.launch.zero_stage)}.json"))
+    if recipe.launch.zero_stage > 0 and not uses_deepspeed() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        options["deepspeed"] = str(find_file(f"launch/deepspeed/zero{recipe.launch.zero_stage}.json"))
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # what the launcher would have said
     try:
         return GRPOConfig(**{**options, **recipe.training, **device_arguments(recipe)})
     except (ValueError, TypeError) as error:

@@ -27,6 +27,11 @@ _UNSAFE: tuple[tuple[str, Any, str], ...] = (
     ("use_liger_kernel", False, "it replaces the layers' forward, in which the blocks sit: leave it off"),
     ("sync_ref_model", False, "the reference is the base itself, which does not move: leave it off"),
     ("ds3_gather_for_generation", True, "ranks would wait for each other at every token: leave it on"),
+    (
+        "load_best_model_at_end",
+        False,
+        "the best checkpoint would not be loaded back: leave it off and choose yourself",
+    ),
     ("auto_find_batch_size", False, "a smaller batch found at run time may split groups: set the batch size yourself"),
 )
 

@@ -22,10 +22,12 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
+from bridge_rl.errors import UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
 from bridge_rl.report import names
 from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_safe
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
 
@@ -64,7 +66,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     width: rows that think together, a divisor of `args.num_generations` and of the per-device batch.
     train: `bridge` freezes everything else; `lora` needs `peft_config`; `full` trains all.
-    mask_truncated: rows cut at the limit stay visible to siblings and out of the loss.
+    mask_truncated: rows cut at the limit stay visible to siblings and out of the loss. (TRL's `completions/*_length`
+        metrics then count them as empty.)
     evaluator: called by `evaluate` with the trainer, returns metrics; None: no evaluation.
     With beta > 0 the reference is the base without Bridge: the module itself with both switched off, or, with
     `train="full"`, a second copy of the base that TRL loads.
@@ -89,6 +92,11 @@ class BridgeGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         check_safe(vars(args), width)
+        for key in ("tools", "environment_factory", "rollout_func"):
+            if kwargs.get(key):
+                raise UserError(f"{key} is set: it samples rows without their siblings, leave it out.")
+        if (train == "lora") != (kwargs.get("peft_config") is not None):
+            raise UserError(f"train is '{train}': a peft_config is needed for 'lora' and must not be given otherwise.")
         self.width = width
         self.train_mode = train
         self.mask_truncated = mask_truncated
@@ -142,7 +150,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
     @property
     def rollout_seed(self) -> int:
         """Of the present generation batch: the same on every rank, and after a resume."""
-        return (self.args.seed << 32) + self._step // self._generate_every
+        return stream_seed(self.args.seed, "training", self._step // self._generate_every)
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         start = time.perf_counter()
@@ -177,6 +185,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
+        if not self.args.should_save:  # called on every rank; under ZeRO-3 only the saving one has the state dict
+            return
         if self.train_mode == "bridge":
             directory.mkdir(parents=True, exist_ok=True)
             save_blocks(model.state_dict() if state_dict is None else state_dict, directory)
@@ -210,10 +220,13 @@ class BridgeGRPOTrainer(GRPOTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """TRL's checkpoint and this rank's place in its generation batch, which is written first: `trainer_state.json`,
+        which comes last, then says that the checkpoint is complete."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         state = {"step": self._step, "buffered_inputs": self._buffered_inputs}
         torch.save(state, folder / f"rollout_state_{self.args.process_index}.pt")
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -18,16 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from bridge_rl.config import WarmupSection
-from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.metrics import RIGHT
-from bridge_rl.evaluation.run import eos_ids
-from bridge_rl.group import alive_from_mask, groups_of, pad_left, pad_right
-from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.evaluation.run import PROBLEMS_PER_CALL, eos_ids, sample_and_score
+from bridge_rl.group import alive_from_mask, pad_left, pad_right
+from bridge_rl.rollout import SamplingParams
+from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.surgery import disable_bridge, freeze_base
 
 IGNORED = -100
-PROBLEMS_PER_CALL = 16
 
 
 @dataclass(frozen=True)
@@ -48,28 +46,27 @@ def sample_warmup_groups(
     reward: Callable[..., list[float]],
     section: WarmupSection,
     max_new_tokens: int,
+    max_rows: int | None,
     seed: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[WarmupGroup]:
     """Completions of the base for every problem, in order, sampled by all ranks together."""
     state = PartialState()
-    params = SamplingParams(section.max_new_tokens or max_new_tokens, seed=seed, eos_token_id=eos_ids(model, tokenizer))
+    params = SamplingParams(
+        section.max_new_tokens or max_new_tokens,
+        seed=stream_seed(seed, "warmup"),
+        eos_token_id=eos_ids(model, tokenizer),
+    )
     mine = list(range(state.process_index, len(rows), state.num_processes))
     sampled = []
     with disable_bridge(model):
         for start in range(0, len(mine), PROBLEMS_PER_CALL):
             numbers = mine[start : start + PROBLEMS_PER_CALL]
-            prompts = prompt_tokens(tokenizer, [rows[n]["prompt"] for n in numbers])
-            groups = generate_groups(model, prompts, section.samples, params, indices=numbers)
-            texts = [tokenizer.decode(row, skip_special_tokens=True) for group in groups for row in group.tokens]
-            columns = {key: [rows[n][key] for n in numbers for _ in range(section.samples)] for key in rows[0]}
-            scores = groups_of(reward(completions=texts, **columns), section.samples)
-            for number, prompt, group, completions, values in zip(
-                numbers, prompts, groups, groups_of(texts, section.samples), scores, strict=True
-            ):
-                correct = [value is not None and value > RIGHT for value in values]
-                made = WarmupGroup(rows[number]["problem"], list(prompt), group.tokens, completions, correct)
-                sampled.append((number, made))
+            chosen = [rows[n] for n in numbers]
+            scored = sample_and_score(model, tokenizer, chosen, reward, section.samples, params, numbers, max_rows)
+            for number, made in zip(numbers, scored, strict=True):
+                kept = made.prompt_ids, made.group.tokens, made.completions, made.correct
+                sampled.append((number, WarmupGroup(rows[number]["problem"], *kept)))
             progress(len(numbers))
     return [group for _, group in sorted(gather_object(sampled), key=lambda pair: pair[0])]
 

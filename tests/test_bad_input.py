@@ -404,6 +404,7 @@ def test_the_warm_up_of_another_recipe_is_not_taken(checkpoint, tmp_path, no_wei
 
 def test_the_run_of_another_recipe_is_not_gone_on_with(tmp_path, no_weights, capsys):
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").write_text("{}")
     shutil.copy(TINY, tmp_path / "out" / "recipe.yaml")
     error = error_of_tiny([], capsys)
     assert "out was made by a recipe with another" in error

@@ -122,3 +122,36 @@ def test_the_config_file_says_what_is_inside(tmp_path):
     content = json.loads((tmp_path / "bridge_config.json").read_text())
     assert content["bridge"] == {"kind": "bridge", "num_heads": 2, "head_dim": 8, "layers": "all"}
     assert len(content["base_fingerprint"]) == 32
+
+
+def test_a_bridge_that_a_plain_save_and_load_lost_is_noticed(bridged, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from bridge_rl.config import ModelSection
+    from bridge_rl.models import load_model
+
+    bridged.save_pretrained(tmp_path)  # not save_bridge
+    with pytest.raises(ValueError, match="its blocks would be dropped"):
+        load_model(ModelSection(str(tmp_path)))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names a Bridge that is not there"):
+        br.generate_groups(plain, [[5]], 4, br.SamplingParams(4))
+
+
+def test_a_fingerprint_sees_every_layer_and_every_shape():
+    base = make_base("llama", num_hidden_layers=6)
+    before = fingerprint(base)
+    with torch.no_grad():
+        for parameter in base.model.layers[1].parameters():
+            parameter.add_(1.0)
+    assert fingerprint(base) != before
+    with torch.device("meta"):
+        assert fingerprint(make_base("llama")) != fingerprint(make_base("llama", intermediate_size=128))
+
+
+def test_a_model_inside_peft_is_not_saved_as_a_bridge(bridged, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(bridged, LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]))
+    with pytest.raises(ValueError, match="wrapped by PEFT"):
+        br.save_bridge(wrapped, tmp_path)

@@ -225,6 +225,7 @@ UNSAFE = {
     "sync_ref_model": True,
     "ds3_gather_for_generation": False,
     "auto_find_batch_size": True,
+    "load_best_model_at_end": True,
 }
 
 
@@ -273,9 +274,23 @@ def test_a_generation_batch_that_splits_a_prompt_is_a_conflict():
 def test_another_number_of_processes_than_planned_is_a_conflict(monkeypatch):
     recipe = load_recipe(RECIPES / "r1_distill_1.5b.yaml")
     assert make_plan(recipe).conflicts == []  # planned here, run elsewhere
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    [found] = make_plan(recipe).conflicts
-    assert found.startswith("launch.num_processes is 8 but this run has 4")
+    for world in ("1", "4"):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(UserError, match=f"launch.num_processes is 8 but this run has {world}"):
+            check(recipe)
+
+
+def test_sampling_in_an_evaluation_counts_in_the_memory_estimate():
+    options = ["evaluation.samples=64", "evaluation.max_rows="]
+    small, large = (
+        make_plan(load_recipe(TINY, [*options[:1], options[1] + n])).memory.kv_cache for n in ("128", "512")
+    )
+    assert large == 4 * small
+
+
+def test_beta_with_full_training_of_a_gguf_model_is_a_conflict():
+    recipe = load_recipe(RECIPES / "smollm2_135m.yaml", ["train=full", "training.beta=0.1"])
+    assert any("training.beta with train=full" in conflict for conflict in make_plan(recipe).conflicts)
 
 
 def test_options_that_another_section_decides_name_that_section():

@@ -26,10 +26,13 @@ SMALL = [
 ]
 
 
+LOGGED = ["logging.wandb=offline", "training.log_completions=true"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
-    main(["train", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={output}", "logging.wandb=offline"])
+    main(["train", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={output}", *LOGGED])
     wandb.finish()
     return output
 
@@ -61,7 +64,8 @@ def test_wandb_offline_has_the_metrics_and_the_table_by_group(finished):
     [log] = run.glob("*.wandb")
     content = log.read_bytes()
     for name in names.TRAIN:
-        assert name.encode() in content, name
+        assert f"train/{name}".encode() in content, name
+    assert b"eval/pass@1/w4" in content
 
 
 def test_online_without_a_key_goes_offline_and_says_so(tmp_path, capsys, monkeypatch):
@@ -78,6 +82,42 @@ def test_eval_writes_table_json_and_plot(finished, tmp_path, capsys):
     main(["eval", "--model", str(finished), *options])
     assert "width" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples.jsonl", "widths.png"}
+
+
+def test_eval_samples_as_the_run_was_told_to(finished, tmp_path):
+    main(
+        [
+            "eval",
+            "--model",
+            str(finished),
+            "--widths",
+            "1",
+            "--samples",
+            "1",
+            "--problems",
+            "2",
+            "--output",
+            str(tmp_path),
+        ]
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["max_new_tokens"] == 32
+    assert results["prompt"] == "{problem}"
+
+
+def test_completions_are_logged_with_their_group(finished):
+    import pandas as pd
+
+    table = pd.read_parquet(sorted((finished / "completions").glob("*.parquet"))[-1])
+    assert table["group"].tolist() == [n for n in range(4) for _ in range(4)]
+    for _, rows in table.groupby("group"):
+        assert len({str(prompt) for prompt in rows["prompt"]}) == 1
+
+
+def test_another_recipe_does_not_take_up_the_warmup(finished, capsys):
+    with pytest.raises(SystemExit):
+        main(["warmup", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={finished}", "data.train.kwargs.seed=5"])
+    assert "another 'data' section" in capsys.readouterr().err
 
 
 def test_generate_prints_one_group(finished, capsys):

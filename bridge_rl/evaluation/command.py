@@ -1,6 +1,7 @@
 """`bridge-rl eval` and `bridge-rl generate`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.checkpoint import is_bridge_checkpoint, read_config
-from bridge_rl.config import DataSection, DataSource, EvaluationSection, ModelSection, RewardSection
+from bridge_rl.config import (
+    DataSection,
+    DataSource,
+    EvaluationSection,
+    ModelSection,
+    Recipe,
+    RewardSection,
+    load_recipe,
+)
 from bridge_rl.data import load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.run import aggregate, as_table, eos_ids, num_completions, sample_groups, write_results
@@ -33,16 +42,23 @@ def evaluate(args: argparse.Namespace) -> None:
     state = PartialState()
     tiny = args.suite == "tiny"
     source = TINY if tiny else DataSource(args.suite)
+    trained = trained_with(args.model)
     section = EvaluationSection(
         widths=parse_widths(args.widths),
         problems=args.problems,
         samples=args.samples,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens or (TINY_MAX_NEW_TOKENS if tiny else DEFAULT_MAX_NEW_TOKENS),
+        temperature=first(args.temperature, trained and trained.evaluation.temperature, 1.0),
+        top_p=first(args.top_p, trained and trained.evaluation.top_p, 1.0),
+        max_new_tokens=first(
+            args.max_new_tokens,
+            trained and (trained.evaluation.max_new_tokens or trained.rollout.max_new_tokens),
+            TINY_MAX_NEW_TOKENS if tiny else DEFAULT_MAX_NEW_TOKENS,
+        ),
+        max_rows=args.max_rows,
     )
+    data = replace(trained.data, train=source) if trained else DataSection(train=source)
     model, tokenizer = load_for_sampling(args.model)
     problems = load_problems(source, "--suite", args.seed)[: section.problems]
-    data = DataSection(train=source)
     rows = make_prompts(problems, data, conversational=tokenizer.chat_template is not None).to_list()
     reward = load_reward(TINY_REWARD if tiny else MATH_REWARD, 0)
     with Bar("evaluation", num_completions(section, len(rows)) // state.num_processes) as bar:
@@ -66,7 +82,10 @@ def evaluate(args: argparse.Namespace) -> None:
     meta = {
         "model": args.model,
         "suite": args.suite,
-        "temperature": args.temperature,
+        "prompt": data.prompt,
+        "temperature": section.temperature,
+        "top_p": section.top_p,
+        "max_new_tokens": section.max_new_tokens,
         "seed": args.seed,
         **provenance(),
     }
@@ -74,6 +93,17 @@ def evaluate(args: argparse.Namespace) -> None:
     plot_widths({Path(args.model).name: reports}, directory / "widths.png")
     print(as_table(reports))
     print(f"samples, results and plot are in {directory}")
+
+
+def trained_with(model: str) -> Recipe | None:
+    """The recipe that a run left beside its model: prompts and sampling are then those it was trained for."""
+    path = Path(model) / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def output_directory(model: str) -> Path:

@@ -12,7 +12,8 @@ from bridge_rl.config import EvaluationSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.evaluation.metrics import RIGHT, Estimate, set_metrics
 from bridge_rl.group import groups_of, repeat_for_rows
-from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.rollout import Group, SamplingParams, generate_groups
+from bridge_rl.rollout.sampling import stream_seed
 
 PROBLEMS_PER_CALL = 16
 
@@ -39,6 +40,37 @@ class WidthReport:
     metrics: dict[str, Estimate] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A sampled group with its prompt, texts and verdicts."""
+
+    prompt_ids: list[int]
+    group: Group
+    completions: list[str]
+    correct: list[bool]
+
+
+def sample_and_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    reward: Callable[..., list[float]],
+    width: int,
+    params: SamplingParams,
+    indices: Sequence[int],
+    max_rows: int | None,
+) -> list[ScoredGroup]:
+    """One group for each of `rows` (with `prompt`, `problem`, `answer`); right is a reward above RIGHT."""
+    prompts = prompt_tokens(tokenizer, [row["prompt"] for row in rows])
+    groups = generate_groups(model, prompts, width, params, indices, max_rows)
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for group in groups for tokens in group.tokens]
+    columns = {key: repeat_for_rows([row[key] for row in rows], width) for key in rows[0]}
+    scores = reward(completions=texts, **columns)
+    correct = [score is not None and score > RIGHT for score in scores]
+    made = zip(prompts, groups, groups_of(texts, width), groups_of(correct, width), strict=True)
+    return [ScoredGroup(list(prompt), *rest) for prompt, *rest in made]
+
+
 def sample_groups(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,7 +92,7 @@ def sample_groups(
         max_new_tokens=section.max_new_tokens or max_new_tokens,
         temperature=section.temperature,
         top_p=section.top_p,
-        seed=seed,
+        seed=stream_seed(seed, "evaluation"),
         eos_token_id=eos_ids(model, tokenizer),
     )
     mine = list(range(rank, len(rows), num_ranks))
@@ -69,17 +101,19 @@ def sample_groups(
         for start in range(0, len(mine), PROBLEMS_PER_CALL):
             problems = repeat_for_rows(mine[start : start + PROBLEMS_PER_CALL], per_problem)
             numbers = [place % per_problem for place in range(len(problems))]
-            prompts = prompt_tokens(tokenizer, [rows[p]["prompt"] for p in problems])
-            indices = [p * per_problem + n for p, n in zip(problems, numbers, strict=True)]
-            groups = generate_groups(model, prompts, width, params, indices, section.max_rows)
-            texts = [tokenizer.decode(row, skip_special_tokens=True) for group in groups for row in group.tokens]
-            columns = {key: repeat_for_rows([rows[p][key] for p in problems], width) for key in rows[0]}
-            scores = reward(completions=texts, **columns)
-            scored = zip(problems, numbers, groups, groups_of(texts, width), groups_of(scores, width), strict=True)
-            for problem, number, group, completions, group_scores in scored:
-                correct = [score is not None and score > RIGHT for score in group_scores]
-                yield SampledGroup(width, problem, number, completions, correct, group.finish_reasons)
-            progress(len(texts))
+            scored = sample_and_score(
+                model,
+                tokenizer,
+                [rows[p] for p in problems],
+                reward,
+                width,
+                params,
+                [p * per_problem + n for p, n in zip(problems, numbers, strict=True)],
+                section.max_rows,
+            )
+            for problem, number, made in zip(problems, numbers, scored, strict=True):
+                yield SampledGroup(width, problem, number, made.completions, made.correct, made.group.finish_reasons)
+            progress(len(scored) * width)
 
 
 def groups_per_problem(section: EvaluationSection, width: int) -> int:

@@ -1,13 +1,14 @@
 """Every metric name that is ours, in one place; TRL's own keep TRL's names.
 
-In W&B and the trainer's log history training metrics stand as written here; evaluation ones begin with `eval_`.
+The trainer's log history has training metrics as written here and evaluation ones with `eval_` before them; in W&B
+transformers makes that `train/...` and `eval/...`. Times and rates of sampling and scoring are those of rank 0.
 """
 
 ALL_RIGHT = "group/all_right"  # share of groups all of whose rows are right
 ANY_RIGHT = "group/any_right"  # share of groups with a right row: coverage
 ROLLOUT_SECONDS = "rollout/seconds"  # sampling, per generation batch
 ROLLOUT_TOKENS_PER_SECOND = "rollout/tokens_per_second"  # completion tokens of this rank
-ROLLOUT_TRUNCATED = "rollout/truncated"  # share of rows cut at the limit
+ROLLOUT_TRUNCATED = "rollout/truncated"  # share of this rank's rows cut at the limit
 RECOMPUTE_KL = "rollout/recompute_kl"  # of the trainer's log-probs from those of sampling; near 0 unless broken
 REWARD_SECONDS = "reward/seconds"  # scoring, per generation batch
 

@@ -20,7 +20,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.group import pad_left, same_group
 from bridge_rl.rollout.cache import SlotCache
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms
-from bridge_rl.surgery import SERVED_FAMILIES
+from bridge_rl.surgery import SERVED_FAMILIES, has_bridge
 
 # Prompts prefilled in one call: more would pad short prompts to long ones, fewer would read the weights more often.
 PREFILL_PROMPTS = 32
@@ -84,6 +84,8 @@ def generate_groups(
         raise UserError(
             f"Sampling does not serve the model family '{family}': use one of {', '.join(SERVED_FAMILIES)}."
         )
+    if getattr(model.config, "bridge", None) and not has_bridge(model):
+        raise UserError("The model's config names a Bridge that is not there: load it with bridge_rl.load_bridge.")
     if width < 1:
         raise UserError(f"width is {width}: it must be at least 1.")
     for place, prompt in enumerate(prompt_ids):
@@ -116,6 +118,7 @@ class Rollout:
     ) -> None:
         self.model, self.prompt_ids, self.groups, self.params = model, prompt_ids, groups, params
         self.width = len(groups[0])
+        self.has_bridge = has_bridge(model)
         self.indices = indices
         self.eos = set(eos_token_ids(model, params))
         self.waiting = deque(range(len(groups)))
@@ -202,7 +205,7 @@ class Rollout:
 
     def layout(self, alive: Tensor) -> dict[str, Tensor]:
         """Who thinks together, as a keyword; models without blocks do not take it."""
-        return {"bridge_alive": alive} if getattr(self.model.config, "bridge", None) else {}
+        return {"bridge_alive": alive} if self.has_bridge else {}
 
     def attention_mask(self) -> Tensor | dict[str, Tensor]:
         """What each row sees of its own past in this step, in the form that the family takes."""

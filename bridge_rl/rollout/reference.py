@@ -95,7 +95,7 @@ def generate_groups_slowly(
 
 def _alive(model: PreTrainedModel, alive: Tensor) -> dict[str, Tensor]:
     """The layout as a keyword; models without blocks do not take it."""
-    return {"bridge_alive": alive} if getattr(model.config, "bridge", None) else {}
+    return {"bridge_alive": alive} if has_bridge(model) else {}
 
 
 def _collect(tokens: Tensor, logprobs: Tensor, eos: Tensor, width: int) -> list[Group]:

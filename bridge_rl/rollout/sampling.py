@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ class SamplingParams:
             raise UserError(f"top_p is {self.top_p}: it must be between 1e-6 and 1.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}: it must not be negative (0 switches it off).")
+
+
+def stream_seed(seed: int, purpose: Literal["training", "warmup", "evaluation"], number: int = 0) -> int:
+    """A seed for each use of a run's seed, so that no two of them draw the same uniforms. `number`: of the batch."""
+    purposes = ("training", "warmup", "evaluation")
+    return (seed << 40) + (purposes.index(purpose) << 32) + number
 
 
 def group_uniforms(seed: int, indices: Sequence[int], width: int, steps: int) -> Tensor:
