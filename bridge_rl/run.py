@@ -39,7 +39,7 @@ PATIENCE = timedelta(hours=2)
 
 def train(recipe: Recipe) -> dict[str, float]:
     """Run the recipe and return the final evaluation's metrics. The plan has been checked by the caller."""
-    prepare_distributed()
+    prepare_distributed(recipe)
     output = Path(recipe.output_dir)
     checkpoint = last_complete_checkpoint(output)
     if checkpoint is not None:
@@ -95,7 +95,6 @@ def train(recipe: Recipe) -> dict[str, float]:
 def warm_up(recipe: Recipe) -> None:
     """Unless this was done before: make the warm-up's data, train the new parameters, and save the Bridge."""
     assert recipe.warmup is not None
-    prepare_distributed()
     state = PartialState(timeout=PATIENCE)
     section, directory = recipe.warmup, warmup_directory(recipe)
     if is_bridge_checkpoint(directory):
@@ -193,11 +192,19 @@ def write_history(history: list[dict[str, float]], directory: Path) -> None:
 # -- pieces of a run ------------------------------------------------------------------------------------------------
 
 
-def prepare_distributed() -> None:
-    """On CPU, keep DeepSpeed from compiling its shared-memory operator, which takes minutes and is not used."""
-    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def prepare_distributed(recipe: Recipe) -> None:
+    """Turn DeepSpeed on where the recipe asks for it and the launcher did not, in the launcher's own words.
+
+    On CPU, keep DeepSpeed from compiling its shared-memory operator, which takes minutes and is not used.
+    """
+    stage = recipe.launch.zero_stage
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if uses_deepspeed():
+    if stage > 0 and not uses_deepspeed():
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(find_file(f"launch/deepspeed/zero{stage}.json"))
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == 3).lower()
+    if uses_deepspeed() and not torch.cuda.is_available():
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -233,9 +240,6 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "ddp_timeout": int(PATIENCE.total_seconds()),
         "disable_tqdm": True,  # our own bar shows the reward
     }
-    if recipe.launch.zero_stage > 0 and not uses_deepspeed() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        options["deepspeed"] = str(find_file(f"launch/deepspeed/zero{recipe.launch.zero_stage}.json"))
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # what the launcher would have said
     try:
         return GRPOConfig(**{**options, **recipe.training, **device_arguments(recipe)})
     except (ValueError, TypeError) as error:

@@ -281,10 +281,8 @@ def test_another_number_of_processes_than_planned_is_a_conflict(monkeypatch):
 
 
 def test_sampling_in_an_evaluation_counts_in_the_memory_estimate():
-    options = ["evaluation.samples=64", "evaluation.max_rows="]
-    small, large = (
-        make_plan(load_recipe(TINY, [*options[:1], options[1] + n])).memory.kv_cache for n in ("128", "512")
-    )
+    recipes = [load_recipe(TINY, ["evaluation.samples=64", f"evaluation.max_rows={n}"]) for n in (128, 512)]
+    small, large = (make_plan(recipe).memory.kv_cache for recipe in recipes)
     assert large == 4 * small
 
 

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import bridge_rl as br
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -18,8 +21,13 @@ SMALL = [
     "warmup.problems=32",
     "warmup.steps=3",
     "warmup.groups_per_step=4",
-    "data.eval=null",
+    "training.save_strategy=steps",
+    "training.save_steps=1",
+    "evaluation.problems=4",
+    "evaluation.samples=4",
+    "evaluation.widths=[1,4]",
 ]
+TORCHRUN = "torchrun"
 Q_PROJ = 128 * 128  # elements of a block's W_Q in the tiny recipe
 pytestmark = pytest.mark.slow
 
@@ -30,21 +38,22 @@ def launched(script: str, *arguments: str, config: str | None = None) -> None:
 
 
 def launch(script: str, *arguments: str, config: str | None = None) -> subprocess.CompletedProcess:
-    accelerate = ["accelerate.commands.launch", "--main_process_port", "0"]
-    if config is not None:
-        accelerate += ["--config_file", f"launch/accelerate/{config}.yaml"]
-    command = [sys.executable, "-m", *accelerate, script, *arguments]
-    if config is None:
-        command = [sys.executable, script, *arguments]
+    command = [sys.executable, script, *arguments]
+    if config == TORCHRUN:  # what `accelerate launch` does without a configuration file, which on CPU needs --cpu
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    elif config is not None:
+        accelerate = ["accelerate.commands.launch", "--main_process_port", "0"]
+        command[1:1] = ["-m", *accelerate, "--config_file", f"launch/accelerate/{config}.yaml"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
 def warmed(tmp_path_factory) -> Path:
     """The warm-up, made by two ranks together."""
     output = tmp_path_factory.mktemp("warm")
-    launched("launch/warmup.py", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={output}", config="cpu_ddp")
+    options = [*SMALL, f"output_dir={output}", "launch.zero_stage=3"]  # which is for the training, not for this
+    launched("launch/warmup.py", "recipes/tiny_arith.yaml", *options, config="cpu_ddp")
     lines = (output / "warmup" / "groups.jsonl").read_text().splitlines()
     assert len(lines) == 32
     return output / "warmup"
@@ -67,10 +76,22 @@ def run(warmed: Path, output: Path, rows: int, config: str | None = None, *overr
 
 
 @pytest.fixture(scope="module")
-def one_rank(warmed, tmp_path_factory) -> dict:
-    facts = run(warmed, tmp_path_factory.mktemp("one"), 64)
+def one_rank(warmed, tmp_path_factory) -> tuple[dict, Path]:
+    output = tmp_path_factory.mktemp("one")
+    facts = run(warmed, output, 64)
     assert facts["num_processes"] == 1
-    return facts
+    return facts, output
+
+
+def assert_same_end(output: Path, expected: Path) -> None:
+    """The saved model, the checkpoint of the first step, and what the evaluation sampled."""
+    for part in (".", "checkpoint-1"):
+        ours, theirs = (dict(br.bridge_parameters(br.load_bridge(d / part))) for d in (output, expected))
+        assert ours.keys() == theirs.keys()
+        for name, parameter in theirs.items():
+            torch.testing.assert_close(ours[name], parameter, atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    samples = "evaluation/step_000002/samples.jsonl"
+    assert sorted((output / samples).read_text().splitlines()) == sorted((expected / samples).read_text().splitlines())
 
 
 def assert_same_steps(found: dict, expected: dict) -> None:
@@ -97,7 +118,8 @@ def test_two_ranks_take_the_steps_of_one(
     assert facts["num_processes"] == 2
     assert facts["zero_stage"] == zero_stage
     assert facts["shard_elements"] == shard_elements
-    assert_same_steps(facts, one_rank)
+    assert_same_steps(facts, one_rank[0])
+    assert_same_end(tmp_path, one_rank[1])
 
 
 def test_bridge_only_under_zero3_with_checkpointing_takes_the_steps_of_one(warmed, tmp_path):
@@ -106,6 +128,15 @@ def test_bridge_only_under_zero3_with_checkpointing_takes_the_steps_of_one(warme
     facts = run(warmed, tmp_path / "two", 32, "cpu_zero3", *options)
     assert facts["zero_stage"] == 3
     assert_same_steps(facts, alone)
+    assert_same_end(tmp_path / "two", tmp_path / "one")
+
+
+def test_the_recipe_alone_can_turn_zero_on(warmed, one_rank, tmp_path):
+    """A launch with no DeepSpeed configuration, as the 8-GPU recipes are started."""
+    facts = run(warmed, tmp_path, 32, TORCHRUN, "launch.zero_stage=3")
+    assert facts["distributed_type"] == "DEEPSPEED"
+    assert facts["zero_stage"] == 3
+    assert_same_steps(facts, one_rank[0])
 
 
 def test_a_warmup_under_zero_is_refused_with_the_command_to_run_first(tmp_path):
