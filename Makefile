@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-MODEL ?= runs/tiny_arith
+MODEL ?= package://bridge_rl/tiny/model
 SUITE ?= tiny
 WIDTHS ?= 1,2,4,8
 SAMPLES ?= 8
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,serve,dev]'
 	touch $@
 
-demo: $(READY)  ## warm-up, RLVR and evaluation of the embedded model, about 7 minutes on two cores
+demo: $(READY)  ## warm-up, RLVR and evaluation of the embedded model, about 5 minutes on two cores
 	$(BIN)/bridge-rl demo
 
 test: $(READY)  ## everything but the slow tests
@@ -33,11 +33,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-eval: $(READY)  ## make eval MODEL=runs/tiny_arith SUITE=tiny WIDTHS=1,2,4,8 SAMPLES=8
+eval: $(READY)  ## make eval MODEL=runs/demo SUITE=tiny WIDTHS=1,2,4,8; without MODEL, the embedded base
 	$(BIN)/bridge-rl eval --model $(MODEL) --suite $(SUITE) --widths $(WIDTHS) --samples $(SAMPLES)
 
 bench: $(READY)  ## the figures in benchmarks/results
 	$(BIN)/python benchmarks/block_cost.py
+	$(BIN)/python benchmarks/rollout.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

@@ -30,9 +30,10 @@ from bridge_rl.report.tracking import start_tracking
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
 
-# Sections that decide what is in a directory; going on with others would mix two runs without a sound.
-DECIDES_WARMUP = ("model", "bridge", "data", "rewards", "warmup", "seed")
-DECIDES_RUN = ("model", "bridge", "train", "data", "rewards", "rollout", "seed")
+# Keys that decide what is in a directory; going on with others would mix two runs without a sound.
+PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
+DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens")
+DECIDES_RUN = (*PROBLEMS, "train", "rollout")
 # How long ranks wait for one that samples longer.
 PATIENCE = timedelta(hours=2)
 
@@ -172,16 +173,23 @@ def save_recipe(recipe: Recipe, directory: Path) -> None:
     (directory / "recipe.yaml").write_text(recipe.to_yaml())
 
 
-def check_same_recipe(recipe: Recipe, directory: Path, sections: tuple[str, ...]) -> None:
-    """Raise UserError if what is in `directory` was made by a recipe that differs in one of `sections`."""
+def check_same_recipe(recipe: Recipe, directory: Path, keys: tuple[str, ...]) -> None:
+    """Raise UserError if what is in `directory` was made by a recipe that differs in one of `keys`."""
     path = directory / "recipe.yaml"
     before = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    for section in sections:
-        if before.get(section) != asdict(recipe)[section]:
+    for key in keys:
+        if look_up(before, key) != look_up(asdict(recipe), key):
             raise UserError(
-                f"{directory} was made by a recipe with another '{section}' section ({path}): use that one to go on, "
-                "another output_dir to start anew, or delete the directory."
+                f"{directory} was made by a recipe with another '{key}' ({path}): use that one to go on, another "
+                "output_dir to start anew, or delete the directory."
             )
+
+
+def look_up(content: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where there is none."""
+    for part in key.split("."):
+        content = (content or {}).get(part)  # type: ignore[assignment]
+    return content
 
 
 def write_history(history: list[dict[str, float]], directory: Path) -> None:

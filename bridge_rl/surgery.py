@@ -111,7 +111,7 @@ def layer_indices(config: BridgeConfig, num_layers: int) -> set[int]:
 def _give_alive(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Pre-hook of the backbone: `bridge_alive` from the attention mask where the caller gave none."""
     width = backbone.bridge_state.width
-    if kwargs.get("bridge_alive") is not None or width == 1:
+    if kwargs.get("bridge_alive") is not None or width == 1 or not backbone.bridge_state.enabled:
         return args, kwargs
     inputs = args[0] if args else kwargs.get("input_ids")
     if inputs is None:

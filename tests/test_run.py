@@ -117,7 +117,7 @@ def test_completions_are_logged_with_their_group(finished):
 def test_another_recipe_does_not_take_up_the_warmup(finished, capsys):
     with pytest.raises(SystemExit):
         main(["warmup", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={finished}", "data.train.kwargs.seed=5"])
-    assert "another 'data' section" in capsys.readouterr().err
+    assert "another 'data.train'" in capsys.readouterr().err
 
 
 def test_generate_prints_one_group(finished, capsys):

@@ -159,3 +159,11 @@ def test_a_family_that_is_not_served_is_refused_by_name():
 def test_a_second_bridge_is_refused(bridged):
     with pytest.raises(ValueError, match="has a Bridge already"):
         br.attach_bridge(bridged, br.BridgeConfig())
+
+
+def test_a_disabled_bridge_asks_for_no_layout(bridged):
+    """At any width set, the model with its Bridge off is a stock one, caches and all."""
+    prompt = ids(4, 5)
+    with group_width(bridged, 4), br.disable_bridge(bridged):
+        tokens = bridged.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert tokens.shape[0] == 4
