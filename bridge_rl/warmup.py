@@ -15,7 +15,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from bridge_rl.config import WarmupSection
 from bridge_rl.errors import UserError
@@ -150,5 +157,6 @@ def train_blocks(
     """SFT of the blocks on `groups` (those `usable`), the base frozen; returns the log history."""
     freeze_base(model)
     trainer = Trainer(model=model, args=args, train_dataset=list(groups), data_collator=collate, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)  # the callbacks given show progress
     trainer.train()
     return trainer.state.log_history
