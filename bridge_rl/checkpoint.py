@@ -7,6 +7,8 @@ Three kinds of directory, told apart by their files; each has `bridge_config.jso
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError
@@ -100,7 +103,8 @@ def load_bridge(
     config = BridgeConfig(**content["bridge"])
     is_adapter = (directory / "adapter_config.json").is_file()
     if not is_adapter and not (directory / WEIGHTS_FILE).is_file():
-        model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
+        with _quietly():  # transformers would report every block as unexpected, and we load them next
+            model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
         return load_blocks(attach_bridge(model, config), _read_shards(directory), directory)
 
     base = base_model or content["base"]
@@ -118,6 +122,16 @@ def load_bridge(
 
         return PeftModel.from_pretrained(model, directory)
     return load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

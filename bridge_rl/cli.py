@@ -21,12 +21,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate.add_argument("--widths", default="1,2,4,8", help="widths, such as 1,2,4,8")
     evaluate.add_argument("--samples", type=int, default=8, help="completions a problem at each width")
     evaluate.add_argument("--problems", type=int, default=256, help="at most so many problems")
-    evaluate.add_argument("--max-new-tokens", type=int, default=None)
+    evaluate.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's recipe, else 1024")
     evaluate.add_argument("--temperature", type=float, default=None, help="default: the run's recipe, else 1")
     evaluate.add_argument("--top-p", type=float, default=None, help="default: the run's recipe, else 1")
+    evaluate.add_argument("--reward", default=None, help="FILE:FUNCTION; default: the run's first, else math")
     evaluate.add_argument("--max-rows", type=int, default=64, help="rows sampled at once")
     evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--output", type=Path, default=None, help="default: MODEL/eval")
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="default: MODEL/eval/SUITE",
+    )
     generate = commands.add_parser("generate", help="one group of completions for a prompt")
     generate.add_argument("--model", required=True)
     generate.add_argument("--width", type=int, default=4)

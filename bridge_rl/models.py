@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import partial, update_wrapper
+from functools import update_wrapper
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,14 @@ GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state",
 
 
 def resolve_path(path: str) -> str:
-    """`package://NAME/PATH` -> the directory in the installed package; anything else unchanged."""
+    """`package://NAME/PATH` -> the directory in the installed package; anything else unchanged.
+
+    Raises UserError for what can only be a folder and is not there, before a hub is asked for it.
+    """
     if not path.startswith(PACKAGE):
+        local = path.startswith((".", "/", "runs/")) or path.count("/") > 1
+        if local and not Path(path).is_dir():
+            raise UserError(f"model.path: there is no directory {path}.")
         return path
     package, _, inner = path.removeprefix(PACKAGE).partition("/")
     if not package.isidentifier():
@@ -171,9 +177,20 @@ def load_reward(section: RewardSection, number: int) -> Callable[..., list[float
     for name in section.kwargs:
         if name in GIVEN_TO_REWARDS:
             raise UserError(f"rewards.{number}.kwargs.{name}: the trainer gives '{name}' itself, name it otherwise.")
-    if not section.kwargs:
-        return function
-    return update_wrapper(partial(function, **section.kwargs), function)
+    return counted(function, section)
+
+
+def counted(function: Callable[..., list[float]], section: RewardSection) -> Callable[..., list[float]]:
+    """The function with its fixed keyword arguments; UserError if it does not return one value a row."""
+
+    def reward(**columns: Any) -> list[float]:
+        values = function(**columns, **section.kwargs)
+        rows = len(columns["completions"] if "completions" in columns else columns["completion_ids"])
+        if len(values) != rows:
+            raise UserError(f"{section.function} returned {len(values)} values for {rows} rows: return one a row.")
+        return values
+
+    return update_wrapper(reward, function)
 
 
 def find_file(path: str) -> Path | None:

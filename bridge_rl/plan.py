@@ -335,10 +335,10 @@ def describe(recipe: Recipe, plan: Plan) -> str:
         f"micro-batch      {b.groups_per_micro_batch} groups, {b.rows_per_micro_batch} rows a rank; "
         f"{b.micro_batches_per_update} an update",
         f"tokens           at most {b.rows_per_generation * recipe.rollout.max_new_tokens:,} a generation batch",
-        f"memory per GPU   about {m.peak / GIB:.1f} GiB"
+        f"memory           about {m.peak / GIB:.1f} GiB"
         + (f" of {budget:g}" if budget else "")
-        + f" (weights {m.weights / GIB:.1f}, optimizer {m.optimizer / GIB:.1f}, gradients {m.gradients / GIB:.1f}, "
-        f"activations {m.activations / GIB:.1f}, sampling {m.kv_cache / GIB:.1f})",
+        + f": weights {m.weights / GIB:.1f}, optimizer {m.optimizer / GIB:.1f}, and by turns sampling "
+        f"{m.kv_cache / GIB:.1f} or gradients {m.gradients / GIB:.1f} with activations {m.activations / GIB:.1f}",
         f"output           {recipe.output_dir}",
     ]
     notes = [f"conflict: {conflict}" for conflict in plan.conflicts]

@@ -21,7 +21,7 @@ from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import SampledGroup, aggregate, num_completions, sample_groups, write_results
+from bridge_rl.evaluation.run import SampledGroup, aggregate, as_table, num_completions, sample_groups, write_results
 from bridge_rl.models import find_file, load_policy, load_reward, load_tokenizer, uses_deepspeed
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar, RewardProgress
@@ -84,11 +84,16 @@ def train(recipe: Recipe) -> dict[str, float]:
     trainer.add_callback(RewardProgress())
     if trainer.accelerator.is_main_process:
         save_recipe(recipe, output)
+        print(
+            f"going on from {checkpoint}" if checkpoint else f"starting at step 0 ({output} has no checkpoint)",
+            flush=True,
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(recipe.output_dir)
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
         write_history(trainer.state.log_history, output)
+        print(f"the model is in {output}: bridge-rl eval --model {output}", flush=True)
     trainer.end()  # closes the trackers and the process group
     return metrics
 
@@ -99,7 +104,10 @@ def warm_up(recipe: Recipe) -> None:
     state = PartialState(timeout=PATIENCE)
     section, directory = recipe.warmup, warmup_directory(recipe)
     if is_bridge_checkpoint(directory):
-        return check_same_recipe(recipe, directory, DECIDES_WARMUP)
+        check_same_recipe(recipe, directory, DECIDES_WARMUP)
+        if state.is_main_process:
+            print(f"warm-up: taken from {directory}", flush=True)
+        return
     if uses_deepspeed() and state.num_processes > 1:
         raise UserError(
             "warmup: the warm-up runs without ZeRO (it trains the new parameters only), so run it first: "
@@ -247,6 +255,7 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "num_completions_to_print": 0,
         "ddp_timeout": int(PATIENCE.total_seconds()),
         "disable_tqdm": True,  # our own bar shows the reward
+        "ddp_find_unused_parameters": False,
     }
     try:
         return GRPOConfig(**{**options, **recipe.training, **device_arguments(recipe)})
@@ -316,6 +325,7 @@ def make_evaluator(
         reports = aggregate(groups)
         if trainer.accelerator.is_main_process:
             directory = Path(recipe.output_dir) / "evaluation" / f"step_{trainer.state.global_step:06d}"
+            print(as_table(reports), flush=True)
             write_results(
                 directory, groups, reports, {"step": trainer.state.global_step, "seed": recipe.seed} | provenance()
             )

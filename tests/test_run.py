@@ -2,7 +2,8 @@
 
 import json
 import os
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import bridge_rl as br
 from bridge_rl.cli import main
 from bridge_rl.config import load_recipe
 from bridge_rl.report import names
-from bridge_rl.report.tracking import start_tracking
 
 SMALL = [
     "training.max_steps=2",
@@ -68,13 +68,19 @@ def test_wandb_offline_has_the_metrics_and_the_table_by_group(finished):
     assert b"eval/pass@1/w4" in content
 
 
-def test_online_without_a_key_goes_offline_and_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "")
-    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=None))
-    start_tracking(load_recipe("recipes/tiny_arith.yaml", ["logging.wandb=online", f"output_dir={tmp_path}"]))
-    assert os.environ["WANDB_MODE"] == "offline"
-    assert "there is no API key" in capsys.readouterr().out
+def test_online_without_a_key_goes_offline_and_says_so(tmp_path):
+    """In a process of its own: asking W&B for its key must not fix its mode."""
+    script = (
+        "import wandb; from bridge_rl.config import load_recipe; from bridge_rl.report.tracking import start_tracking\n"
+        f"start_tracking(load_recipe('recipes/tiny_arith.yaml', ['logging.wandb=online', 'output_dir={tmp_path}']))\n"
+        "run = wandb.init(); run.log({'a': 1}); print('mode', run.settings.mode); run.finish()"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "there is no API key" in done.stdout
+    assert "mode offline" in done.stdout
 
 
 def test_eval_writes_table_json_and_plot(finished, tmp_path, capsys):
@@ -183,3 +189,17 @@ def test_too_few_problems_for_one_batch_are_refused(tmp_path, capsys):
 def test_overrides_may_follow_an_option(capsys):
     main(["train", "recipes/tiny_arith.yaml", "--dry-run", "rollout.width=8"])
     assert "width 8" in capsys.readouterr().out
+
+
+def test_a_reward_of_the_wrong_length_is_named(tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("def score(completions, **kwargs):\n    return [1.0]\n")
+    bad = f"rewards=[{{function: {tmp_path / 'bad.py'}:score}}]"
+    with pytest.raises(SystemExit):
+        main(["train", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={tmp_path / 'out'}", bad])
+    assert "bad.py:score returned 1 values for" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", "runs/not_made_yet", "1"])
+    assert "there is no directory runs/not_made_yet" in capsys.readouterr().err

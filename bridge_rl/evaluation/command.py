@@ -22,7 +22,15 @@ from bridge_rl.config import (
 )
 from bridge_rl.data import load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import aggregate, as_table, eos_ids, num_completions, sample_groups, write_results
+from bridge_rl.evaluation.run import (
+    aggregate,
+    as_table,
+    eos_ids,
+    groups_per_problem,
+    num_completions,
+    sample_groups,
+    write_results,
+)
 from bridge_rl.models import load_model, load_reward, load_tokenizer, resolve_path
 from bridge_rl.report.plots import plot_widths
 from bridge_rl.report.progress import Bar
@@ -56,11 +64,20 @@ def evaluate(args: argparse.Namespace) -> None:
         ),
         max_rows=args.max_rows,
     )
+    for width in section.widths:
+        if state.is_main_process and section.samples % width != 0:
+            print(
+                f"width {width}: {width * groups_per_problem(section, width)} samples a problem, not {section.samples}"
+            )
     data = replace(trained.data, train=source) if trained else DataSection(train=source)
-    model, tokenizer = load_for_sampling(args.model)
     problems = load_problems(source, "--suite", args.seed)[: section.problems]
+    model, tokenizer = load_for_sampling(args.model)
     rows = make_prompts(problems, data, conversational=tokenizer.chat_template is not None).to_list()
-    reward = load_reward(TINY_REWARD if tiny else MATH_REWARD, 0)
+    if args.reward is not None:
+        judge = RewardSection(args.reward)
+    else:
+        judge = TINY_REWARD if tiny else trained.rewards[0] if trained else MATH_REWARD
+    reward = load_reward(judge, 0)
     with Bar("evaluation", num_completions(section, len(rows)) // state.num_processes) as bar:
         mine = sample_groups(
             model,
@@ -78,10 +95,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
     reports = aggregate(groups)
-    directory = args.output or output_directory(args.model)
+    directory = args.output or output_directory(args.model) / Path(args.suite).stem
     meta = {
         "model": args.model,
         "suite": args.suite,
+        "reward": judge.function,
         "prompt": data.prompt,
         "temperature": section.temperature,
         "top_p": section.top_p,

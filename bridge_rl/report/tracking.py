@@ -11,10 +11,8 @@ def start_tracking(recipe: Recipe) -> None:
     """Set W&B's mode, project and directory, from which TRL's own integration starts the run."""
     if recipe.logging.wandb == "off":
         return
-    import wandb
-
     mode = recipe.logging.wandb
-    if mode == "online" and not wandb.api.api_key:
+    if mode == "online" and not has_key():
         mode = "offline"
         if PartialState().is_main_process:
             print("W&B: there is no API key, so this run is logged offline; `wandb login` puts the next one online.")
@@ -23,3 +21,13 @@ def start_tracking(recipe: Recipe) -> None:
     os.environ["WANDB_DIR"] = recipe.output_dir
     os.environ.setdefault("WANDB_SILENT", "true")
     os.makedirs(recipe.output_dir, exist_ok=True)
+
+
+def has_key() -> bool:
+    """Whether W&B would find an API key: in the environment, its settings, or where `wandb login` puts it."""
+    import wandb
+
+    try:
+        return bool(wandb.api.api_key)
+    finally:
+        wandb.teardown()  # asking has built W&B's settings, in which a mode set later would not count
