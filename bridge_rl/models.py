@@ -1,9 +1,10 @@
 """Load what a recipe names: the model with its Bridge, its tokenizer, its rewards."""
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def load_reward(section: RewardSection, number: int) -> Callable[..., list[float]]:
+def load_reward(section: RewardSection, number: int) -> Callable[..., Any]:
     """The reward function that a recipe names, its fixed keyword arguments bound. Raises UserError if there is none."""
     key = f"rewards.{number}.function"
     path, _, name = section.function.partition(":")
@@ -180,8 +181,13 @@ def load_reward(section: RewardSection, number: int) -> Callable[..., list[float
     return counted(function, section)
 
 
-def counted(function: Callable[..., list[float]], section: RewardSection) -> Callable[..., list[float]]:
-    """The function with its fixed keyword arguments; UserError if it does not return one value a row."""
+def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..., Any]:
+    """The function with its fixed keyword arguments; UserError if it does not return one value a row.
+
+    TRL awaits an `async` function itself, and counts its values.
+    """
+    if inspect.iscoroutinefunction(function):
+        return partial(function, **section.kwargs)
 
     def reward(**columns: Any) -> list[float]:
         values = function(**columns, **section.kwargs)

@@ -80,3 +80,15 @@ def test_only_the_sole_solver_of_a_group_gets_the_bonus():
     completions = ["4", "5", "4", "4", "5", "5", "5", chat("4")]
     groups = [0, 0, 1, 1, 2, 2, 3, 3]
     assert score(completions=completions, answer=["4"] * 8, group_index=groups) == [1.0, 0, 0, 0, 0, 0, 0, 1.0]
+
+
+def test_an_async_reward_stays_async_for_trl_to_await(tmp_path):
+    import asyncio
+
+    from bridge_rl.config import RewardSection
+    from bridge_rl.models import load_reward
+
+    source = "async def score(completions, scale, **kwargs):\n    return [scale] * len(completions)\n"
+    (tmp_path / "judge.py").write_text(source)
+    reward = load_reward(RewardSection(f"{tmp_path / 'judge.py'}:score", kwargs={"scale": 2.0}), 0)
+    assert asyncio.run(reward(completions=["a", "b"])) == [2.0, 2.0]
