@@ -153,7 +153,7 @@ def warm_up(recipe: Recipe) -> None:
         gradient_checkpointing=recipe.training.get("gradient_checkpointing", True),
         **device_arguments(recipe),
     )
-    history = train_blocks(model, kept, section, args, [RewardProgress("warm-up")])
+    history = train_blocks(model, kept, args, [RewardProgress("warm-up")])
     if state.is_main_process:
         save_bridge(model, directory)
         write_history(history, directory)

@@ -150,7 +150,6 @@ def collate(groups: Sequence[WarmupGroup]) -> dict[str, Tensor]:
 def train_blocks(
     model: PreTrainedModel,
     groups: Sequence[WarmupGroup],
-    section: WarmupSection,
     args: TrainingArguments,
     callbacks: list[TrainerCallback],
 ) -> list[dict[str, float]]:

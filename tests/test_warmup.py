@@ -96,7 +96,7 @@ def test_only_the_blocks_learn_and_the_loss_falls(tmp_path):
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    history = train_blocks(model, [group([True, True]), group([True, True, True])], SECTION, args, [])
+    history = train_blocks(model, [group([True, True]), group([True, True, True])], args, [])
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
     for name, parameter in model.named_parameters():

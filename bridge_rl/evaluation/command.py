@@ -10,7 +10,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridge_rl.checkpoint import is_bridge_checkpoint, read_config
 from bridge_rl.config import (
     DataSection,
     DataSource,
@@ -31,7 +30,7 @@ from bridge_rl.evaluation.run import (
     sample_groups,
     write_results,
 )
-from bridge_rl.models import load_model, load_reward, load_tokenizer, resolve_path
+from bridge_rl.models import load_model, load_reward, load_tokenizer
 from bridge_rl.report.plots import plot_widths
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
@@ -153,10 +152,7 @@ def parse_widths(text: str) -> list[int]:
 
 
 def load_for_sampling(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer; a Bridge checkpoint without a tokenizer takes its base's."""
+    """A model ready to sample, and its tokenizer."""
     section = ModelSection(path, dtype="bfloat16" if torch.cuda.is_available() else "float32")
     model = load_model(section).to(PartialState().device)
-    directory = Path(resolve_path(path))
-    if is_bridge_checkpoint(directory) and not (directory / "tokenizer_config.json").is_file():
-        section = ModelSection(read_config(directory)["base"])
     return model.eval(), load_tokenizer(section)

@@ -61,11 +61,11 @@ class SlotCache(Cache):
             self.lengths[list(targets)] = self.lengths[list(sources)]
         self._use(self.lengths[:num_rows].clone())
 
-    def begin_step(self) -> int:
-        """Make room for one token a row; returns the columns that this step reads."""
+    def begin_step(self) -> None:
+        """Make room for one token a row."""
+        self.last = self.lengths.clone()  # [R], where this step writes: once, not in every layer
         self.lengths += 1
         self.columns = int(self.lengths.max())
-        return self.columns
 
     def mask(self, window: int | None = None) -> Tensor:
         """What each row may see in this step, bool [R, 1, 1, L]; `window`: the latest so many columns only."""
@@ -79,9 +79,8 @@ class SlotCache(Cache):
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention with this step's [R, H, 1, K]; returns [R, H, L, K] views."""
-        last = self.lengths - 1
-        self.keys[layer][self.rows, :, last] = keys[:, :, 0]
-        self.values[layer][self.rows, :, last] = values[:, :, 0]
+        self.keys[layer][self.rows, :, self.last] = keys[:, :, 0]
+        self.values[layer][self.rows, :, self.last] = values[:, :, 0]
         num_rows = len(self.rows)
         return self.keys[layer][:num_rows, :, : self.columns], self.values[layer][:num_rows, :, : self.columns]
 

@@ -168,7 +168,7 @@ class Rollout:
         output = self.model(
             input_ids=tokens,
             attention_mask=self.attention_mask(),
-            position_ids=self.cache.lengths[:, None] - 1,
+            position_ids=self.cache.last[:, None],
             past_key_values=self.cache,
             use_cache=True,
             **self.layout(same_group([row.group for row in self.running], self.model.device)),
