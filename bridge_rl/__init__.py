@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from bridge_rl.block import BridgeConfig
     from bridge_rl.checkpoint import load_bridge, save_bridge
     from bridge_rl.evaluation.metrics import g_pass_at_k, majority_vote, pass_at_k
-    from bridge_rl.rollout import Group, SamplingParams, generate_groups, group_logprobs
+    from bridge_rl.rollout import Group, RolloutOptions, SamplingParams, generate_groups, group_logprobs
     from bridge_rl.surgery import attach_bridge, bridge_parameters, disable_bridge
     from bridge_rl.verify import Verdict, verify_answers
 
 _HOME = {
     "BridgeConfig": "block",
     "Group": "rollout",
+    "RolloutOptions": "rollout",
     "SamplingParams": "rollout",
     "Verdict": "verify",
     "attach_bridge": "surgery",
@@ -33,6 +34,7 @@ _HOME = {
 __all__ = [
     "BridgeConfig",
     "Group",
+    "RolloutOptions",
     "SamplingParams",
     "Verdict",
     "attach_bridge",

@@ -52,50 +52,58 @@ class BridgeBlock(nn.Module):
     mask, no cache. W_O starts at zero, so that a new block is the identity to the last bit (the paper states the zero
     start, not the means). At width 1 a trained block adds W_O W_V norm(x): it is not the identity.
 
+    W_Q, W_K and W_V are one projection (`qkv_proj`, in this order along its output): one product instead of three.
     The block computes in the dtype of its own weights, whatever the dtype of `x`: a frozen bf16 base can carry a
     trainable fp32 block.
     """
 
     def __init__(self, hidden_size: int, config: BridgeConfig, eps: float = 1e-6, **factory: Any) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_heads, self.head_dim, self.inner_width = config.num_heads, config.head_dim, config.inner_width
         self.norm = nn.RMSNorm(hidden_size, eps=eps, **factory)
-        self.q_proj = nn.Linear(hidden_size, config.inner_width, bias=False, **factory)
-        self.k_proj = nn.Linear(hidden_size, config.inner_width, bias=False, **factory)
-        self.v_proj = nn.Linear(hidden_size, config.inner_width, bias=False, **factory)
+        self.qkv_proj = nn.Linear(hidden_size, 3 * config.inner_width, bias=False, **factory)
         self.o_proj = nn.Linear(config.inner_width, hidden_size, bias=False, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Queries, keys and values of unit variance on a normed input; zero output."""
-        std = self.q_proj.in_features**-0.5
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=std)
+        nn.init.normal_(self.qkv_proj.weight, std=self.qkv_proj.in_features**-0.5)
         nn.init.zeros_(self.o_proj.weight)
         nn.init.ones_(self.norm.weight)
 
     def forward(self, x: Tensor, alive: Tensor | None = None) -> Tensor:
-        """`x` [B, T, D] -> [B, T, D]. `alive` bool [G, N, T], or [B, B] over ragged groups; None: rows are alone."""
-        if alive is None:
-            alive = x.new_ones(x.shape[0], 1, x.shape[1], dtype=torch.bool)
-        width = alive.shape[1]
-        y = self.norm(x.to(self.norm.weight.dtype))
-        q, k, v = (self._heads(projection(y), width) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # [G, T, H, N, N]
-        if alive.dim() == 2:
-            visible = alive  # one set of N = B rows
+        """`x` [B, T, D] -> [B, T, D]. `alive`: bool [G, N, T], or of one step a bias [B, B] (`group.sibling_bias`).
+
+        None: rows are alone.
+        """
+        qkv = self.qkv_proj(self.norm(x.to(self.norm.weight.dtype)))
+        if alive is None or (alive.dim() == 3 and alive.shape[1] == 1):
+            mixed = qkv[..., 2 * self.inner_width :]  # attention over one row gives its value
+        elif alive.dim() == 2:
+            mixed = self._mix_one_step(qkv, alive)
         else:
-            # A row that is not alive sees itself, so that its unused output stays finite.
-            itself = torch.eye(width, dtype=torch.bool, device=x.device)
-            visible = alive.permute(0, 2, 1)[:, :, None, None, :] | itself
-        weights = scores.float().masked_fill(~visible, float("-inf")).softmax(dim=-1)
-        mixed = weights.to(v.dtype) @ v  # [G, T, H, N, K]
-        mixed = merge_rows(mixed.permute(0, 3, 1, 2, 4)).flatten(-2)  # [B, T, H*K]
+            mixed = self._mix_groups(qkv, alive)
         return x + self.o_proj(mixed).to(x.dtype)
 
-    def _heads(self, y: Tensor, width: int) -> Tensor:
-        """[B, T, H*K] -> [G, T, H, N, K]."""
-        return split_rows(y.unflatten(-1, (self.num_heads, self.head_dim)), width).permute(0, 2, 3, 1, 4)
+    def _mix_groups(self, qkv: Tensor, alive: Tensor) -> Tensor:
+        """`qkv` [B, T, 3*H*K], `alive` bool [G, N, T] -> [B, T, H*K]."""
+        width = alive.shape[1]
+        heads = split_rows(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), width)
+        q, k, v = heads.permute(3, 0, 2, 4, 1, 5)  # each [G, T, H, N, K]
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # [G, T, H, N, N]
+        # A row that is not alive sees itself, so that its unused output stays finite.
+        itself = torch.eye(width, dtype=torch.bool, device=qkv.device)
+        visible = alive.permute(0, 2, 1)[:, :, None, None, :] | itself
+        weights = scores.float().masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        mixed = weights.to(v.dtype) @ v  # [G, T, H, N, K]
+        return merge_rows(mixed.permute(0, 3, 1, 2, 4)).flatten(-2)
+
+    def _mix_one_step(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """`qkv` [B, 1, 3*H*K] over ragged groups, `bias` [B, B] -> [B, 1, H*K]: no loop over groups."""
+        q, k, v = qkv.view(len(bias), 3, self.num_heads, self.head_dim).permute(1, 2, 0, 3)  # each [H, B, K]
+        scores = torch.baddbmm(bias.to(q.dtype), q, k.transpose(1, 2), alpha=self.head_dim**-0.5)  # [H, B, B]
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        return torch.bmm(weights, v).transpose(0, 1).reshape(len(bias), 1, self.inner_width)
 
 
 class MatchedMLP(nn.Module):

@@ -6,7 +6,7 @@ Rows of a group are contiguous and in order: row b belongs to group b // N. Noth
 A layout of groups is one bool tensor `alive` of shape [G, N, T]: row n of group g holds a token at column t that its
 siblings may see. Padding is not alive. A row's EOS column is alive, the columns after it are not: siblings see the EOS
 once, in generation as in training. While groups are sampled their rows leave one by one: one step's layout is then the
-bool matrix of `same_group`, [R, R] over the R rows that are left.
+matrix of `sibling_bias`, [R, R] over the R rows that are left.
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,16 @@ def alive_from_mask(attention_mask: Tensor, width: int) -> Tensor:
     return split_rows(attention_mask.bool(), width)
 
 
-def same_group(group_of_row: Sequence[int], device: torch.device | str) -> Tensor:
-    """The layout [R, R] of one step over ragged groups: which rows see each other."""
-    groups = torch.tensor(group_of_row, device=device)
-    return groups[:, None] == groups[None, :]
+def sibling_bias(group_of_row: Tensor, alive: Tensor) -> Tensor:
+    """The layout of one step over ragged groups, to add to attention scores: fp32 [R, R].
+
+    0 where row r (first dimension) sees row s: itself, and the rows of its group that are `alive` (bool [R]); else
+    -inf. `group_of_row`: int64 [R].
+    """
+    same = group_of_row[:, None] == group_of_row[None, :]
+    itself = torch.eye(len(alive), dtype=torch.bool, device=alive.device)
+    bias = torch.zeros(same.shape, device=alive.device)
+    return bias.masked_fill_(~((same & alive) | itself), float("-inf"))
 
 
 def repeat_for_rows(per_group: Sequence[Item], width: int) -> list[Item]:

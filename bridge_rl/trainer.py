@@ -26,7 +26,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
 from bridge_rl.report import names
-from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.rollout import RolloutOptions, SamplingParams, generate_groups
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_safe
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
@@ -260,7 +260,8 @@ def lockstep_rollout(prompts: list[Any], trainer: BridgeGRPOTrainer) -> dict[str
     with unwrap_model_for_generation(
         trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
     ) as model:
-        groups = generate_groups(model, per_group, trainer.width, params, indices, trainer.max_rows)
+        options = RolloutOptions(max_rows=trainer.max_rows)
+        groups = generate_groups(model, per_group, trainer.width, params, indices, options=options)
 
     seconds = time.perf_counter() - start
     tokens = [row for group in groups for row in group.tokens]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bridge_rl.block import BridgeBlock, BridgeConfig, MatchedMLP
+from bridge_rl.group import sibling_bias
 
 CONFIG = BridgeConfig(num_heads=2, head_dim=4)
 
@@ -21,6 +22,7 @@ def slow_bridge(block: BridgeBlock, x: torch.Tensor, alive: torch.Tensor) -> tor
     """Row by row, column by column, head by head, as the paper writes it."""
     num_groups, width, num_tokens = alive.shape
     out = x.clone()
+    w_q, w_k, w_v = block.qkv_proj.weight.chunk(3)
     y = x / (x.pow(2).mean(-1, keepdim=True) + block.norm.eps).sqrt() * block.norm.weight
     for g in range(num_groups):
         for t in range(num_tokens):
@@ -29,9 +31,9 @@ def slow_bridge(block: BridgeBlock, x: torch.Tensor, alive: torch.Tensor) -> tor
                 heads = []
                 for h in range(block.num_heads):
                     part = slice(h * block.head_dim, (h + 1) * block.head_dim)
-                    query = block.q_proj.weight[part] @ y[row, t]
-                    keys = torch.stack([block.k_proj.weight[part] @ y[other, t] for other in seen])
-                    values = torch.stack([block.v_proj.weight[part] @ y[other, t] for other in seen])
+                    query = w_q[part] @ y[row, t]
+                    keys = torch.stack([w_k[part] @ y[other, t] for other in seen])
+                    values = torch.stack([w_v[part] @ y[other, t] for other in seen])
                     heads.append(torch.softmax(keys @ query / math.sqrt(block.head_dim), 0) @ values)
                 out[row, t] = x[row, t] + block.o_proj.weight @ torch.cat(heads)
     return out
@@ -48,6 +50,19 @@ def test_block_equals_the_slow_loop_where_rows_are_alive():
     assert torch.isfinite(found).all()
 
 
+def test_one_step_over_ragged_groups_equals_the_slow_loop():
+    """Groups of 3, 1 and 2 rows, of which one is not alive, in mixed order."""
+    block = switched_on(BridgeBlock(6, CONFIG))
+    x = torch.randn(6, 1, 6)
+    groups, alive = torch.tensor([0, 2, 0, 1, 2, 0]), torch.tensor([True, True, True, True, True, False])
+    found = block(x, sibling_bias(groups, alive))
+    for group in range(3):
+        rows = torch.nonzero((groups == group) & alive)[:, 0]
+        expected = slow_bridge(block, x[rows], torch.ones(1, len(rows), 1, dtype=torch.bool))
+        torch.testing.assert_close(found[rows], expected, atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(found).all()
+
+
 def test_a_new_block_is_the_identity_to_the_last_bit():
     x = torch.randn(4, 3, 6)
     assert torch.equal(BridgeBlock(6, CONFIG)(x, torch.ones(1, 4, 3, dtype=torch.bool)), x)
@@ -57,7 +72,8 @@ def test_a_new_block_is_the_identity_to_the_last_bit():
 def test_a_trained_block_at_width_1_is_not_the_identity():
     block = switched_on(BridgeBlock(6, CONFIG))
     x = torch.randn(2, 3, 6)
-    expected = x + block.o_proj(block.v_proj(block.norm(x)))
+    w_v = block.qkv_proj.weight.chunk(3)[2]
+    expected = x + block.o_proj(block.norm(x) @ w_v.T)
     torch.testing.assert_close(block(x), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -83,7 +99,7 @@ def test_a_float32_block_on_a_bfloat16_stream_keeps_the_stream_dtype():
     block = switched_on(BridgeBlock(6, CONFIG))
     out = block(torch.randn(4, 3, 6, dtype=torch.bfloat16), torch.ones(2, 2, 3, dtype=torch.bool))
     assert out.dtype == torch.bfloat16
-    assert block.q_proj.weight.dtype == torch.float32
+    assert block.qkv_proj.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("key", "value"), [("kind", "mlp"), ("num_heads", 0), ("layers", [])])

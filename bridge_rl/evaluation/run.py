@@ -12,7 +12,7 @@ from bridge_rl.config import EvaluationSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.evaluation.metrics import RIGHT, Estimate, set_metrics
 from bridge_rl.group import groups_of, repeat_for_rows
-from bridge_rl.rollout import Group, SamplingParams, generate_groups
+from bridge_rl.rollout import Group, RolloutOptions, SamplingParams, generate_groups
 from bridge_rl.rollout.sampling import stream_seed
 
 PROBLEMS_PER_CALL = 16
@@ -62,7 +62,7 @@ def sample_and_score(
 ) -> list[ScoredGroup]:
     """One group for each of `rows` (with `prompt`, `problem`, `answer`); right is a reward above RIGHT."""
     prompts = prompt_tokens(tokenizer, [row["prompt"] for row in rows])
-    groups = generate_groups(model, prompts, width, params, indices, max_rows)
+    groups = generate_groups(model, prompts, width, params, indices, options=RolloutOptions(max_rows=max_rows))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for group in groups for tokens in group.tokens]
     columns = {key: repeat_for_rows([row[key] for row in rows], width) for key in rows[0]}
     scores = reward(completions=texts, **columns)

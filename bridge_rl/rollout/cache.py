@@ -1,89 +1,153 @@
-"""Keys and values of rows that come and go: one preallocated slot a row, nothing concatenated or allocated per step.
+"""The key-value cache of rows that come and go: a prompt is held once a group, and nothing is held beyond a page.
 
-Shapes: S slots, R rows in use (always slots 0 to R-1), H key-value heads, K head size, L columns.
+Shapes: R rows running, G their groups, M pages in use, C columns of a page, H key-value heads, Q query heads of each,
+K head size, N rows of the widest group, S owners of pages (rows or groups).
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from bridge_rl.rollout.pages import Pages, PageTable
 
-class SlotCache(Cache):
-    """A cache for a model's decode steps, in which every row has a length of its own.
+MASKED = -1e30  # finite, so that a page of which nothing is seen gives no NaN
 
-    A step writes each row's new key and value at the row's length and reads the columns up to the longest row's; the
-    attention mask hides what is beyond each row's own. Layers with a sliding window keep all columns, and are masked.
+
+@dataclass
+class Layout:
+    """Which rows run in a step, and how they share prompts. It changes when rows come, go, or need a page.
+
+    group_of_row, rank_of_row: int64 [R], slot of its group and place among the group's rows that are left;
+    rows_of_group: int64 [G, N], padded with row 0; prompt_lengths: int64 [G].
     """
 
-    def __init__(self, num_slots: int, num_columns: int) -> None:
+    group_of_row: Tensor
+    rank_of_row: Tensor
+    rows_of_group: Tensor
+    prompt_lengths: Tensor
+    rows: PageTable
+    prompts: PageTable
+
+
+class PagedCache(Cache):
+    """What a model's decode steps write their keys and values to, and attend to.
+
+    The rows of a group are in lockstep: all that are left have equally many columns of their own, after one prompt.
+    """
+
+    def __init__(self, rows: Pages, prompts: Pages) -> None:
         super().__init__(layers=[])
-        self.num_slots, self.num_columns = num_slots, num_columns
-        self.keys: list[Tensor] = []  # [S, H, L, K], a layer each
-        self.values: list[Tensor] = []
-        self.lengths = torch.zeros(0, dtype=torch.long)  # [R]
-        self.rows = torch.zeros(0, dtype=torch.long)  # [R] = 0 .. R-1, on the model's device
+        self.rows, self.prompts = rows, prompts
 
-    def admit(self, prefilled: DynamicCache, pads: Sequence[int], width: int) -> None:
-        """Append `width` rows for each prompt of a left-padded prefill; `pads` are their padding columns."""
-        first = len(self.lengths)
-        if not self.keys:
-            self._allocate(prefilled)
-        columns = prefilled.layers[0].keys.shape[2]
-        for layer, source in enumerate(prefilled.layers):
-            for prompt, pad in enumerate(pads):
-                slots = slice(first + prompt * width, first + (prompt + 1) * width)
-                self.keys[layer][slots, :, : columns - pad] = source.keys[prompt, :, pad:]
-                self.values[layer][slots, :, : columns - pad] = source.values[prompt, :, pad:]
-        device = self.keys[0].device
-        new = torch.tensor([columns - pad for pad in pads], device=device).repeat_interleave(width)
-        self._use(torch.cat([self.lengths.to(device), new]))
-
-    def _allocate(self, prefilled: DynamicCache) -> None:
-        for source in prefilled.layers:
-            shape = (self.num_slots, source.keys.shape[1], self.num_columns)
-            self.keys.append(source.keys.new_zeros(*shape, source.keys.shape[3]))
-            self.values.append(source.values.new_zeros(*shape, source.values.shape[3]))
-
-    def _use(self, lengths: Tensor) -> None:
-        self.lengths = lengths
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-
-    def move(self, sources: Sequence[int], targets: Sequence[int], num_rows: int) -> None:
-        """Copy rows `sources` into slots `targets`, and go on with the first `num_rows` slots."""
-        if sources:
-            longest = int(self.lengths[list(sources)].max())
-            for tensors in (self.keys, self.values):
-                for tensor in tensors:
-                    tensor[list(targets), :, :longest] = tensor[list(sources), :, :longest]
-            self.lengths[list(targets)] = self.lengths[list(sources)]
-        self._use(self.lengths[:num_rows].clone())
-
-    def begin_step(self) -> None:
-        """Make room for one token a row."""
-        self.last = self.lengths.clone()  # [R], where this step writes: once, not in every layer
-        self.lengths += 1
-        self.columns = int(self.lengths.max())
-
-    def mask(self, window: int | None = None) -> Tensor:
-        """What each row may see in this step, bool [R, 1, 1, L]; `window`: the latest so many columns only."""
-        column = torch.arange(self.columns, device=self.lengths.device)
-        seen = column < self.lengths[:, None]
-        if window is not None:
-            seen &= column >= self.lengths[:, None] - window
-        return seen[:, None, None, :]
+    def begin_step(self, layout: Layout, columns: Tensor, pages: Tensor) -> None:
+        """`columns`: int64 [R], the own column that each row writes in this step; `pages`: the page that it is in."""
+        self.layout, self.columns, self.pages = layout, columns, pages
+        self.offsets = columns % self.rows.columns
+        self.biases: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def update(
-        self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention with this step's [R, H, 1, K]; returns [R, H, L, K] views."""
-        self.keys[layer][self.rows, :, self.last] = keys[:, :, 0]
-        self.values[layer][self.rows, :, self.last] = values[:, :, 0]
-        num_rows = len(self.rows)
-        return self.keys[layer][:num_rows, :, : self.columns], self.values[layer][:num_rows, :, : self.columns]
+        """Called by the model's attention with this step's [R, H, 1, K]: written down, and returned as they are."""
+        self.rows.data[layer_idx, 0][self.pages, :, self.offsets] = keys[:, :, 0]
+        self.rows.data[layer_idx, 1][self.pages, :, self.offsets] = values[:, :, 0]
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns held by the longest row."""
-        return int(self.lengths.max()) if len(self.lengths) else 0
+        """Not 0, so that a model takes the step for a step."""
+        return 1
+
+    def bias(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """What is seen of the rows' pages and of the prompts', [M, 1, 1, C] each; `window`: the latest so many."""
+        if window not in self.biases:
+            layout = self.layout
+            last = self.columns[layout.rows.owner][:, None]
+            row_columns = layout.rows.column
+            seen = row_columns <= last
+            lengths = layout.prompt_lengths[layout.prompts.owner][:, None]
+            prompt_seen = layout.prompts.column < lengths
+            if window is not None:
+                seen &= row_columns > last - window
+                group_last = self.columns[layout.rows_of_group[:, 0]][layout.prompts.owner][:, None]
+                prompt_seen &= layout.prompts.column > lengths + group_last - window
+            self.biases[window] = (_as_bias(seen), _as_bias(prompt_seen))
+        return self.biases[window]
+
+    def attend(self, q: Tensor, layer: int, window: int | None) -> Tensor:
+        """Scaled queries [R, H, Q, K] -> what each row sees of its prompt and of itself, [R, H, Q, K]."""
+        layout = self.layout
+        row_bias, prompt_bias = self.bias(window)
+        own = attend_pages(q, self.rows.data[layer, :, : self.rows.used], row_bias, layout.rows)
+        # All rows of a group ask the same pages: one product for them.
+        together = q[layout.rows_of_group].transpose(1, 2).flatten(2, 3)  # [G, H, N*Q, K]
+        shared = attend_pages(together, self.prompts.data[layer, :, : self.prompts.used], prompt_bias, layout.prompts)
+        width = layout.rows_of_group.shape[1]
+        prompt = Part(*(x.unflatten(2, (width, -1))[layout.group_of_row, :, layout.rank_of_row] for x in shared))
+        return join(own, prompt).to(q.dtype)
+
+
+class Part(NamedTuple):
+    """Attention over some of the columns: what is left to do is to divide by the sum of the weights of all.
+
+    mixed: sum of weighted values [S, H, Q, K]; largest: score, which the weights are relative to, [S, H, Q]; total: sum
+    of weights [S, H, Q]. All fp32.
+    """
+
+    mixed: Tensor
+    largest: Tensor
+    total: Tensor
+
+
+def attend_pages(q: Tensor, data: Tensor, bias: Tensor, table: PageTable) -> Part:
+    """Attention of each owner's queries over its own pages.
+
+    `q` [S, H, Q, K] scaled, of S owners; `data` keys and values [2, M, H, C, K]; `bias` [M, 1, 1, C], 0 or MASKED.
+    """
+    keys, values = data
+    scores = (q[table.owner] @ keys.transpose(-1, -2)).float() + bias  # [M, H, Q, C]
+    index = table.owner[:, None, None].expand(scores.shape[:3])
+    largest = scores.new_full(q.shape[:3], MASKED).scatter_reduce_(0, index, scores.amax(-1), "amax")
+    weights = (scores - largest[table.owner][..., None]).exp_()
+    mixed = (weights.to(values.dtype) @ values).float()
+    return Part(_sum_by_owner(mixed, table, len(q)), largest, _sum_by_owner(weights.sum(-1), table, len(q)))
+
+
+def _sum_by_owner(x: Tensor, table: PageTable, num_owners: int) -> Tensor:
+    """[M, ...] -> [S, ...], in an order that does not change from run to run."""
+    if x.device.type == "cpu":
+        return x.new_zeros(num_owners, *x.shape[1:]).index_add_(0, table.owner, x)
+    # index_add_ adds by atomics on CUDA, in any order.
+    return F.embedding_bag(table.order, x.flatten(1), table.starts, mode="sum").view(num_owners, *x.shape[1:])
+
+
+def _as_bias(seen: Tensor) -> Tensor:
+    bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, MASKED)
+    return bias[:, None, None, :]
+
+
+def join(first: Part, second: Part) -> Tensor:
+    """One softmax over two disjoint sets of columns, [S, H, Q, K]."""
+    largest = torch.maximum(first.largest, second.largest)
+    scale_1, scale_2 = (first.largest - largest).exp_(), (second.largest - largest).exp_()
+    total = first.total * scale_1 + second.total * scale_2
+    return first.mixed * (scale_1 / total)[..., None] + second.mixed * (scale_2 / total)[..., None]
+
+
+def lockstep_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    rollout_cache: PagedCache,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """A transformers attention function for one step: `query` [R, H*Q, 1, K] -> [R, 1, H*Q, K]."""
+    grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1)) * scaling
+    return rollout_cache.attend(grouped, module.layer_idx, sliding_window).flatten(1, 2)[:, None], None

@@ -6,246 +6,332 @@ group says does not depend on when it was admitted or on who runs beside it (`te
 Shapes: R rows running, N width, P prompt columns.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.errors import UserError
-from bridge_rl.group import pad_left, same_group
-from bridge_rl.rollout.cache import SlotCache
+from bridge_rl.group import pad_left
+from bridge_rl.rollout.budget import CacheBudget
+from bridge_rl.rollout.cache import Layout, PagedCache
+from bridge_rl.rollout.decode import Decoder, make_layout, sampling_mode, siblings
+from bridge_rl.rollout.ending import Ending
+from bridge_rl.rollout.ranks import Ranks
+from bridge_rl.rollout.request import Group, RolloutOptions, RolloutStats, Row, make_rows
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms
-from bridge_rl.surgery import SERVED_FAMILIES, has_bridge
 
-# Prompts prefilled in one call: more would pad short prompts to long ones, fewer would read the weights more often.
-PREFILL_PROMPTS = 32
-# Which attention mask a family's decode step takes: one for each type of layer, or one with its sliding window.
-MASK_A_LAYER_TYPE = ("gemma3_text", "qwen2", "qwen3", "smollm3")
-ONE_SLIDING_MASK = ("mistral", "phi3", "qwen3_moe")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The completions of one prompt that were sampled together, each a list over the N rows.
-
-    tokens: ids, with the EOS where one was drawn. logprobs: of each token at the sampling temperature.
-    finish_reasons: `stop` at an EOS, `length` at the limit.
-    """
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    finish_reasons: list[str]
-
-
-@dataclass
-class Row:
-    """One completion while it is sampled."""
-
-    group: int  # place of its prompt
-    limit: int  # of its tokens
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = ""
-    uniforms: Any = None  # its draws, one a step
-
-    def append(self, token: int, logprob: float, eos: set[int]) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if token in eos:
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self.limit:
-            self.finish_reason = "length"
+# Prompts prefilled in one call are padded to the longest: those much shorter wait for the next call.
+SHORTEST_OF_LONGEST = 0.75
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def generate_groups(
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
-    width: int,
+    width: int | Sequence[int],
     params: SamplingParams,
     indices: Sequence[int] | None = None,
-    max_rows: int | None = None,
     limits: Sequence[Sequence[int]] | None = None,
+    options: RolloutOptions | None = None,
+    expected_lengths: Sequence[float] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Group]:
     """One group of `width` interdependent completions for each prompt, in the order of the prompts.
 
     A group's tokens depend on its prompt, `params.seed`, its index and the width, not on what else is in the batch.
-    `indices`: the index of each group, by default its place in `prompt_ids`. `max_rows`: how many rows run at once
-    (at least one group), by default all. `limits`: of each group's rows, where they are below `max_new_tokens`.
-    Without Bridge blocks the rows are independent samples.
+    `width`: of every group, or one a prompt. `indices`: the index of each group, by default its place in `prompt_ids`.
+    `limits`: of each group's rows, where they are below `max_new_tokens`. `expected_lengths`: of each group's longest
+    row; with them the longest are begun first, which leaves fewer rows alone at the end. `tokenizer`: for
+    `params.stop_strings`. Without Bridge blocks the rows are independent samples.
+    Raises ValueError for a request that cannot be served, also when one group alone does not fit into memory.
     """
-    family = model.config.model_type
-    if family not in SERVED_FAMILIES:
-        raise UserError(
-            f"Sampling does not serve the model family '{family}': use one of {', '.join(SERVED_FAMILIES)}."
-        )
-    if getattr(model.config, "bridge", None) and not has_bridge(model):
-        raise UserError("The model's config names a Bridge that is not there: load it with bridge_rl.load_bridge.")
-    if width < 1:
-        raise UserError(f"width is {width}: it must be at least 1.")
-    for place, prompt in enumerate(prompt_ids):
-        if not len(prompt):
-            raise UserError(f"Prompt {place} has no tokens: give every group at least one.")
-    if not prompt_ids:
-        return []
-    indices = range(len(prompt_ids)) if indices is None else indices
-    limits = [[params.max_new_tokens] * width] * len(prompt_ids) if limits is None else limits
-    rows = [[Row(place, limit) for limit in group] for place, group in enumerate(limits)]
-    with sampling_mode(model):
-        Rollout(model, prompt_ids, rows, params, indices, max_rows or len(prompt_ids) * width).run()
-    return [
-        Group([row.tokens for row in group], [row.logprobs for row in group], [row.finish_reason for row in group])
-        for group in rows
-    ]
+    return Rollout(model, prompt_ids, width, params, indices, limits, options, expected_lengths, tokenizer).run()
+
+
+@dataclass
+class Prefill:
+    """Prompts on their way through the model, in chunks of columns."""
+
+    places: list[int]
+    ids: Tensor  # [prompts, P], padded on the left
+    mask: Tensor
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    done: int = 0  # columns
 
 
 class Rollout:
-    """Rows in slots: admit what fits, step what runs, let go what has finished, until nothing waits or runs."""
+    """Rows in lockstep: admit what fits, step what runs, let go what has finished, until nothing waits or runs.
+
+    The arguments are those of `generate_groups`; `stats` says what it took.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         prompt_ids: Sequence[Sequence[int]],
-        groups: Sequence[Sequence[Row]],
+        width: int | Sequence[int],
         params: SamplingParams,
-        indices: Sequence[int],
-        max_rows: int,
+        indices: Sequence[int] | None = None,
+        limits: Sequence[Sequence[int]] | None = None,
+        options: RolloutOptions | None = None,
+        expected_lengths: Sequence[float] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.model, self.prompt_ids, self.groups, self.params = model, prompt_ids, groups, params
-        self.width = len(groups[0])
-        self.has_bridge = has_bridge(model)
-        self.indices = indices
-        self.eos = set(eos_token_ids(model, params))
-        self.waiting = deque(range(len(groups)))
-        self.running: list[Row] = []  # row of each slot
-        self.num_slots = max(self.width, min(max_rows, len(groups) * self.width))
-        longest = max(map(len, prompt_ids)) + params.max_new_tokens
-        self.cache = SlotCache(self.num_slots, longest)
-
-    def run(self) -> None:
-        while self.waiting or self.running:
-            self.admit()
-            self.step()
-
-    def admit(self) -> None:
-        """Prefill waiting prompts, once a group, while whole groups fit."""
-        while self.waiting and self.num_slots - len(self.running) >= self.width:
-            fitting = (self.num_slots - len(self.running)) // self.width
-            places = [self.waiting.popleft() for _ in range(min(fitting, len(self.waiting), PREFILL_PROMPTS))]
-            ids, mask = pad_left([self.prompt_ids[place] for place in places], 0, self.model.device)
-            # On prompt tokens all rows of a group are equal, and attention over equal rows gives one row's value.
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=DynamicCache(),
-                use_cache=True,
-                logits_to_keep=1,
-                **self.layout(mask[:, None, :].bool()),
-            )
-            self.cache.admit(output.past_key_values, (ids.shape[1] - mask.sum(-1)).tolist(), self.width)
-            for place in places:
-                uniforms = group_uniforms(
-                    self.params.seed, [self.indices[place]], self.width, self.params.max_new_tokens
-                )
-                for row, draws in zip(self.groups[place], uniforms.T.numpy(), strict=True):
-                    row.uniforms = draws
-                    self.running.append(row)
-            new = self.running[-len(places) * self.width :]
-            self.draw(new, output.logits[:, -1].repeat_interleave(self.width, dim=0))
-
-    def step(self) -> None:
-        """Feed every running row its last token; draw the next one for those that have not ended."""
-        if not self.running:
-            return
-        self.cache.begin_step()
-        tokens = torch.tensor([[row.tokens[-1]] for row in self.running], device=self.model.device)
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=self.attention_mask(),
-            position_ids=self.cache.last[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            **self.layout(same_group([row.group for row in self.running], self.model.device)),
+        self.model, self.prompt_ids, self.params = model, prompt_ids, params
+        self.options = options or RolloutOptions()
+        self.groups = make_rows(model, prompt_ids, width, params, indices, limits, expected_lengths)
+        self.indices = range(len(prompt_ids)) if indices is None else indices
+        self.prompt_lengths = list(map(len, prompt_ids))
+        self.ending = Ending(model, params, tokenizer)
+        self.decoder = Decoder(model, params, self.ending)
+        self.ranks = Ranks(model)
+        self.steps_per_visit = self._steps_per_visit()
+        self.waiting = list(range(len(self.groups)))  # places of groups
+        if expected_lengths is not None:
+            self.waiting.sort(key=lambda place: -expected_lengths[place])
+        self.running: list[Row] = []  # row of each slot, those of a group side by side
+        self.prefill: Prefill | None = None
+        self.cache: PagedCache | None = None
+        self.layout: Layout | None = None  # of the rows running, until they change
+        self.stats = RolloutStats()
+        self.prefill_tokens = self.options.prefill_tokens
+        widest = max((len(group) for group in self.groups), default=1)
+        self.max_rows = max(widest, self.options.max_rows or sum(map(len, self.groups)))
+        self.budget = CacheBudget.of(
+            model, self.groups, self.prompt_lengths, self.max_rows, self.steps_per_visit, self.options
         )
-        self.draw(self.running, output.logits[:, -1])
 
-    def draw(self, rows: list[Row], logits: Tensor) -> None:
-        """One token for each of `rows` (the last ones running) that has not ended, from its `logits`; let go the rest.
+    def _steps_per_visit(self) -> int:
+        if self.ending.needs_host or self.ranks.together:
+            return 1
+        return self.options.steps_per_visit or (1 if self.model.device.type == "cpu" else 8)
 
-        A row that has drawn its EOS runs one step more, in which its siblings see the EOS. When no row of a group is
-        left to see it, the group goes at once.
-        """
-        going = [n for n, row in enumerate(rows) if not row.finish_reason]
-        if going:
-            uniforms = torch.tensor([rows[n].uniforms[len(rows[n].tokens)] for n in going], device=logits.device)
-            tokens, logprobs = draw_tokens(logits[going], uniforms, self.params)
-            for n, token, logprob in zip(going, tokens.tolist(), logprobs.tolist(), strict=True):
-                rows[n].append(token, logprob, self.eos)
-        drew = set(going)
-        open_groups = {row.group for row in rows if not row.finish_reason}
-        gone = {id(row) for n, row in enumerate(rows) if n not in drew or row.group not in open_groups}
+    @torch.no_grad()
+    def run(self) -> list[Group]:
+        """Every group, in the order of the prompts."""
+        started = time.monotonic()
+        with sampling_mode(self.model):
+            while self.ranks.any_has_work(self.has_work(started)):
+                if self.has_work(started):
+                    self.advance_or_shrink()
+                else:
+                    self.ranks.idle_forward()
+        for row in (row for group in self.groups for row in group):
+            row.finish_reason = row.finish_reason or "abort"
+        return [
+            Group([row.tokens for row in group], [row.logprobs for row in group], [row.finish_reason for row in group])
+            for group in self.groups
+        ]
+
+    def has_work(self, started: float) -> bool:
+        options = self.options
+        if options.deadline_s is not None and time.monotonic() - started > options.deadline_s:
+            return False
+        if options.cancelled is not None and options.cancelled():
+            return False
+        return bool(self.waiting or self.prefill or self.running)
+
+    def advance(self) -> None:
+        """One forward pass: a piece of a prefill while whole groups fit, else a step of what runs."""
+        if self.prefill is None:
+            self.prefill = self.next_prefill()
+        start = time.perf_counter()
+        if self.prefill is not None:
+            self.prefill_chunk(self.prefill)
+            self.stats.prefill_seconds += time.perf_counter() - start
+        else:
+            self.decode()
+            self.stats.step_seconds += time.perf_counter() - start
+
+    # Admission
+
+    def next_prefill(self) -> Prefill | None:
+        """The next waiting groups that fit, of prompts of about one length; none: there is no room."""
+        fitting: list[int] = []
+        for place in self.waiting:
+            if not self.fits([*fitting, place]):
+                break
+            fitting.append(place)
+        if not fitting:
+            return None
+        longest = max(self.prompt_lengths[place] for place in fitting)
+        alike = [place for place in fitting if self.prompt_lengths[place] >= SHORTEST_OF_LONGEST * longest]
+        places = alike[: max(1, self.prefill_tokens // longest)]
+        self.waiting = [place for place in self.waiting if place not in places]
+        return Prefill(places, *pad_left([self.prompt_ids[place] for place in places], 0, self.model.device))
+
+    def fits(self, places: list[int]) -> bool:
+        """Whether these groups can start beside what runs: rows, prompts, and a page to grow for each row."""
+        new_rows = sum(len(self.groups[place]) for place in places)
+        if len(self.running) + new_rows > self.max_rows:
+            return False
+        if self.cache is None:
+            rows_used = prompts_used = 0
+        else:
+            rows_used, prompts_used = self.cache.rows.used, self.cache.prompts.used
+        prompts = prompts_used + sum(self.budget.prompt_pages(self.prompt_lengths[place]) for place in places)
+        rows = rows_used + len(self.running) + new_rows * self.budget.pages_per_visit
+        alone = not self.running and len(places) == 1  # fits: the budget was made for it
+        return alone or (prompts <= self.budget.num_prompt_pages and rows <= self.budget.num_row_pages)
+
+    def prefill_chunk(self, prefill: Prefill) -> None:
+        """The next columns of the prompts, once a group; after the last ones the groups run."""
+        columns = slice(prefill.done, prefill.done + max(1, self.prefill_tokens // len(prefill.places)))
+        mask = prefill.mask[:, : columns.stop]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        # On prompt tokens all rows of a group are equal, and attention over equal rows gives one row's value.
+        output = self.model(
+            input_ids=prefill.ids[:, columns],
+            attention_mask=mask,
+            position_ids=positions[:, columns],
+            past_key_values=prefill.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **siblings(self.decoder.has_bridge, mask[:, None, columns].bool()),
+        )
+        self.stats.forwards += 1
+        prefill.done = columns.stop
+        if prefill.done >= prefill.ids.shape[1]:
+            self.prefill = None
+            self.start(prefill, output.logits[:, -1])
+
+    def start(self, prefill: Prefill, logits: Tensor) -> None:
+        """Keep the prompts' keys and values, and draw the first token of every row. `logits`: [prompts, V]."""
+        layers = [(layer.keys, layer.values) for layer in prefill.cache.layers]
+        if self.cache is None:
+            self.cache = self.budget.make_cache([keys for keys, _ in layers])
+        new = []
+        for n, place in enumerate(prefill.places):
+            length = self.prompt_lengths[place]
+            self.cache.prompts.write(place, [(keys[n, :, -length:], values[n, :, -length:]) for keys, values in layers])
+            group = self.groups[place]
+            draws = group_uniforms(self.params.seed, [self.indices[place]], len(group), self.params.max_new_tokens)
+            for row, uniforms in zip(group, draws.T.numpy(), strict=True):
+                row.uniforms = uniforms
+            new.extend(group)
+        source = torch.tensor([n for n, place in enumerate(prefill.places) for _ in self.groups[place]])
+        uniforms = torch.tensor([row.uniforms[0] for row in new], device=logits.device)
+        tokens, logprobs = draw_tokens(logits[source.to(logits.device)], uniforms, self.params)
+        stopped = self.ending.stopped(tokens, new)
+        for row, *drawn in zip(new, tokens.tolist(), logprobs.tolist(), stopped.tolist(), strict=True):
+            row.append(*drawn)
+        self.running += new
+        self.layout = None
+        self.let_go(set())
+
+    def decode(self) -> None:
+        """The next steps of all rows that run; those go that have ended and were fed their last token."""
+        pages = self.reserve(self.steps_per_visit)
+        assert self.cache is not None
+        if self.layout is None:
+            self.layout = make_layout(self.running, self.prompt_lengths, self.cache, self.model.device)
+        drawn = [len(row.tokens) for row in self.running]
+        self.decoder.run(self.running, self.layout, self.cache, pages)
+        self.stats.forwards += len(pages)
+        self.stats.steps += len(pages)
+        self.stats.row_steps += len(pages) * len(self.running)
+        rows = zip(self.running, drawn, strict=True)
+        self.let_go({row.number for row, before in rows if len(row.tokens) - before < len(pages)})
+
+    def let_go(self, fed: set[int]) -> None:
+        """Free rows that have ended and were fed their last token, and groups in which nobody is left to see it."""
+        open_groups = {row.group for row in self.running if not row.finish_reason}
+        gone = [row for row in self.running if row.number in fed or row.group not in open_groups]
         if gone:
-            self.let_go(gone)
+            assert self.cache is not None
+            numbers = {row.number for row in gone}
+            self.running = [row for row in self.running if row.number not in numbers]
+            self.cache.rows.release(sorted(numbers))
+            self.cache.prompts.release(sorted({row.group for row in gone} - open_groups))
+            self.layout = None
 
-    def let_go(self, gone: set[int]) -> None:
-        """Free the slots of rows, and move the last rows into them, so that rows 0 to R-1 are those running."""
-        kept = len(self.running) - len(gone)
-        holes = [slot for slot in range(kept) if id(self.running[slot]) in gone]
-        movers = [slot for slot in range(kept, len(self.running)) if id(self.running[slot]) not in gone]
-        for hole, mover in zip(holes, movers, strict=True):
-            self.running[hole] = self.running[mover]
-        del self.running[kept:]
-        self.cache.move(movers, holes, kept)
+    # Memory
 
-    def layout(self, alive: Tensor) -> dict[str, Tensor]:
-        """Who thinks together, as a keyword; models without blocks do not take it."""
-        return {"bridge_alive": alive} if self.has_bridge else {}
+    def reserve(self, steps: int) -> Tensor:
+        """Pages for the next steps, int64 [steps, R]: that which each row writes to. Groups may have to start again."""
+        assert self.cache is not None
+        pages = self.cache.rows
+        while sum(pages.missing(row.number, self.columns_after(row, steps)) for row in self.running) > pages.free:
+            self.preempt_youngest()
+        for row in self.running:
+            if pages.missing(row.number, self.columns_after(row, steps)):
+                pages.grow(row.number, self.columns_after(row, steps))
+                self.layout = None
+        self.note_peak()
+        first = [(pages.of[row.number], len(row.tokens) - 1) for row in self.running]
+        table = [[of[(column + step) // pages.columns] for of, column in first] for step in range(steps)]
+        return torch.tensor(table, device=self.model.device)
 
-    def attention_mask(self) -> Tensor | dict[str, Tensor]:
-        """What each row sees of its own past in this step, in the form that the family takes."""
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        if config.model_type in MASK_A_LAYER_TYPE:
-            masks = {"full_attention": self.cache.mask()}
-            if "sliding_attention" in config.layer_types:
-                masks["sliding_attention"] = self.cache.mask(window)
-            return {name: self.in_form(mask) for name, mask in masks.items()}
-        return self.in_form(self.cache.mask(window if config.model_type in ONE_SLIDING_MASK else None))
+    def columns_after(self, row: Row, steps: int) -> int:
+        """The columns a row has when the next steps are done: a token drawn is written in the step that is fed it."""
+        return len(row.tokens) - 1 + steps
 
-    def in_form(self, mask: Tensor) -> Tensor:
-        """Eager attention adds its mask to the scores; SDPA takes a bool one."""
-        if self.model.config._attn_implementation != "eager":
-            return mask
-        dtype = self.model.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    def preempt_youngest(self) -> None:
+        """Take back the cache of the group admitted last: it starts again later, with the same draws."""
+        assert self.cache is not None
+        place = self.running[-1].group
+        self.restart([place])
+        self.stats.preempted += 1
 
+    def restart(self, places: list[int]) -> None:
+        self.running = [row for row in self.running if row.group not in places]
+        for place in places:
+            for row in self.groups[place]:
+                row.restart()
+            if self.cache is not None:
+                self.cache.rows.release([row.number for row in self.groups[place]])
+                self.cache.prompts.release([place])
+        self.waiting = [*places, *self.waiting]
+        self.layout = None
 
-def eos_token_ids(model: PreTrainedModel, params: SamplingParams) -> list[int]:
-    """Those of `params`, else of the model's generation config; empty: every row runs to its limit."""
-    eos = params.eos_token_id
-    if eos is None:
-        eos = model.generation_config.eos_token_id
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else list(eos)
+    def advance_or_shrink(self) -> None:
+        """`advance`; when memory runs out, go on with half the rows and half the cache, and say so."""
+        try:
+            self.advance()
+            return
+        except RuntimeError as error:
+            if self.ranks.together or not should_reduce_batch_size(error):
+                raise  # alone, a rank cannot step back: the others wait in the same forward pass
+        # Outside the handler, whose exception keeps the failed pass's tensors.
+        self.shrink()
 
+    def shrink(self) -> None:
+        places = list(dict.fromkeys(row.group for row in self.running))
+        places += [] if self.prefill is None else self.prefill.places
+        rows, tokens = len(self.running), self.budget.tokens
+        self.prefill = None
+        self.cache = None
+        self.restart(places)
+        clear_device_cache(garbage_collection=True)
+        widest = max(map(len, self.groups))
+        if self.max_rows == widest and self.prefill_tokens == 1:
+            raise UserError(
+                f"Out of memory with one group of {widest} rows at once: lower the width, max_new_tokens or the prompt."
+            )
+        self.max_rows = max(widest, min(self.max_rows, rows or self.max_rows) // 2)
+        self.prefill_tokens = max(1, self.prefill_tokens // 2)
+        self.budget = self.budget.halved()
+        self.stats.shrunk += 1
+        logger.warning(
+            "Out of memory with %d rows and a cache of %d tokens: the rollout goes on with at most %d and %d.",
+            rows,
+            tokens,
+            self.max_rows,
+            self.budget.tokens,
+        )
 
-@contextmanager
-def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout, no gradient checkpointing (it would switch the cache off), and attention that takes a mask."""
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    if attention not in ("eager", "sdpa"):
-        model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if attention not in ("eager", "sdpa"):
-            model.set_attn_implementation(attention)
-        model.train(training)
+    def note_peak(self) -> None:
+        assert self.cache is not None
+        rows, prompts = self.cache.rows, self.cache.prompts
+        tokens = rows.used * rows.columns + prompts.used * prompts.columns
+        if tokens > self.stats.peak_cache_tokens:
+            groups = {row.group for row in self.running}
+            held = sum(len(row.tokens) for row in self.running) + sum(self.prompt_lengths[g] for g in groups)
+            self.stats.peak_cache_tokens, self.stats.held_tokens_at_peak = tokens, held

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bridge_rl.group import groups_of, pad_left, pad_right, repeat_for_rows, split_rows
-from bridge_rl.rollout.engine import Group, eos_token_ids
+from bridge_rl.rollout.ending import eos_token_ids
+from bridge_rl.rollout.request import Group
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms, scaled_logprobs
 from bridge_rl.surgery import group_width, has_bridge
 

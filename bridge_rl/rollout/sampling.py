@@ -6,10 +6,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows
+
+CDF_BLOCK = 128  # divides the vocabularies of the served families, so that nothing is padded
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class SamplingParams:
     temperature: 0 is greedy; log-probs are then those of temperature 1.
     top_p, top_k: 1.0 and 0 switch them off. They choose tokens; the log-probs are of the full distribution.
     eos_token_id: one id or several; None: those of the model's generation config.
+    stop_strings: a row ends with the token that completes one of them, which it keeps; they need a tokenizer.
     """
 
     max_new_tokens: int
@@ -28,6 +32,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     eos_token_id: int | Sequence[int] | None = None
+    stop_strings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -37,6 +42,8 @@ class SamplingParams:
             raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or at least 0.01.")
         if not 1e-6 <= self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must be between 1e-6 and 1.")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise UserError(f"stop_strings is {self.stop_strings!r}: give a list of strings that are not empty.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}: it must not be negative (0 switches it off).")
 
@@ -63,16 +70,33 @@ def scaled_logprobs(logits: Tensor, temperature: float) -> Tensor:
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """One token a row from `logits` [B, V] by inverting the CDF at `uniforms` [B] -> (tokens [B], log-probs [B])."""
-    logprobs = scaled_logprobs(logits, params.temperature)
     if params.temperature == 0:
+        logprobs = scaled_logprobs(logits, params.temperature)
         tokens = logprobs.argmax(dim=-1)
-    else:
-        cdf = _truncate(logprobs.exp(), params).cumsum(dim=-1)
-        total = cdf[:, -1]
-        # Below the total also after rounding, so that a token of probability 0 is never drawn.
-        target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+        return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    probs = (logits.float() / params.temperature).softmax(dim=-1)
+    tokens = invert_cdf(_truncate(probs, params), uniforms)
+    return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
+
+
+def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first index of each row at which the running sum of `weights` [B, V] passes its share of the total, [B].
+
+    First the block, then the place in it: one pass over the weights, and two short running sums.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[-1] % CDF_BLOCK)).unflatten(-1, (-1, CDF_BLOCK))
+    sums = blocks.sum(dim=-1).cumsum(dim=-1)
+    target = _below(uniforms * sums[:, -1], sums[:, -1])
+    block = torch.searchsorted(sums, target[:, None], right=True)  # [B, 1]
+    before = F.pad(sums, (1, 0)).gather(-1, block)[:, 0]
+    within = blocks.gather(1, block[:, :, None].expand(-1, 1, CDF_BLOCK))[:, 0].cumsum(dim=-1)
+    place = torch.searchsorted(within, _below(target - before, within[:, -1])[:, None], right=True)
+    return (block * CDF_BLOCK + place)[:, 0]
+
+
+def _below(x: Tensor, total: Tensor) -> Tensor:
+    """`x`, or what comes just under the total: so that, after rounding too, no index of weight 0 is found."""
+    return torch.minimum(x, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def _truncate(probs: Tensor, params: SamplingParams) -> Tensor:

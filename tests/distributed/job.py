@@ -13,7 +13,7 @@ class Probed(BridgeGRPOTrainer):
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
         parameter = next(
-            p for name, p in self.model.named_parameters() if name.endswith("layers.0.bridge.q_proj.weight")
+            p for name, p in self.model.named_parameters() if name.endswith("layers.0.bridge.qkv_proj.weight")
         )
         shard = getattr(parameter, "ds_tensor", parameter)
         plugin = self.accelerator.state.deepspeed_plugin

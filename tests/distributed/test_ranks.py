@@ -28,7 +28,7 @@ SMALL = [
     "evaluation.widths=[1,4]",
 ]
 TORCHRUN = "torchrun"
-Q_PROJ = 128 * 128  # elements of a block's W_Q in the tiny recipe
+QKV_PROJ = 3 * 128 * 128  # elements of a block's W_Q, W_K and W_V in the tiny recipe
 pytestmark = pytest.mark.slow
 
 
@@ -105,9 +105,9 @@ def assert_same_steps(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize(
     ("config", "distributed_type", "zero_stage", "shard_elements"),
     [
-        ("cpu_ddp", "MULTI_CPU", None, Q_PROJ),
-        ("cpu_zero2", "DEEPSPEED", 2, Q_PROJ),
-        ("cpu_zero3", "DEEPSPEED", 3, Q_PROJ // 2),
+        ("cpu_ddp", "MULTI_CPU", None, QKV_PROJ),
+        ("cpu_zero2", "DEEPSPEED", 2, QKV_PROJ),
+        ("cpu_zero3", "DEEPSPEED", 3, QKV_PROJ // 2),
     ],
 )
 def test_two_ranks_take_the_steps_of_one(

@@ -5,11 +5,13 @@ import torch
 from conftest import ALL_FAMILIES, make_base, make_bridged
 
 import bridge_rl as br
+from bridge_rl.rollout.engine import Rollout
 from bridge_rl.rollout.reference import generate_groups_slowly
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [30, 31]]
 # Several ends make rows finish at different steps.
 PARAMS = br.SamplingParams(max_new_tokens=20, seed=3, eos_token_id=[2, 4, 5, 6, 7, 8])
+EIGHT_ROWS = br.RolloutOptions(max_rows=8)
 
 
 def worst_difference(model, prompts, groups, temperature=1.0):
@@ -39,16 +41,56 @@ def test_scheduled_rollout_equals_the_slow_loop(family, max_rows):
     model = make_bridged(family)
     prompts = PROMPTS * 3
     slow = generate_groups_slowly(model, prompts, 4, PARAMS)
-    fast = br.generate_groups(model, prompts, 4, PARAMS, max_rows=max_rows)
+    fast = br.generate_groups(model, prompts, 4, PARAMS, options=br.RolloutOptions(max_rows=max_rows))
     assert [group.tokens for group in fast] == [group.tokens for group in slow]
     assert [group.finish_reasons for group in fast] == [group.finish_reasons for group in slow]
     assert worst_difference(model, prompts, fast) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("steps_per_visit", [3, 50])
+def test_steps_without_a_look_of_the_scheduler_change_nothing(family, steps_per_visit):
+    """As on CUDA, where rows that have ended run on until the host looks."""
+    model = make_bridged(family)
+    slow = generate_groups_slowly(model, PROMPTS * 3, 4, PARAMS)
+    options = br.RolloutOptions(max_rows=9, steps_per_visit=steps_per_visit)
+    fast = br.generate_groups(model, PROMPTS * 3, 4, PARAMS, options=options)
+    assert [group.tokens for group in fast] == [group.tokens for group in slow]
+    assert [group.finish_reasons for group in fast] == [group.finish_reasons for group in slow]
+    assert worst_difference(model, PROMPTS * 3, fast) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_prompt_prefilled_in_chunks_samples_the_same(family):
+    model = make_bridged(family)
+    rollout = Rollout(model, PROMPTS, 4, PARAMS, options=br.RolloutOptions(prefill_tokens=2))
+    chunked = rollout.run()
+    assert rollout.stats.forwards - rollout.stats.steps == 2 + 3 + 1 + 1
+    assert [group.tokens for group in chunked] == [g.tokens for g in br.generate_groups(model, PROMPTS, 4, PARAMS)]
+    assert worst_difference(model, PROMPTS, chunked) <= 1e-5
+
+
+def test_groups_of_several_widths_run_together(bridged):
+    widths = [1, 4, 2, 7]
+    together = br.generate_groups(bridged, PROMPTS, widths, PARAMS, options=EIGHT_ROWS)
+    for index, width in enumerate(widths):
+        [alone] = br.generate_groups(bridged, [PROMPTS[index]], width, PARAMS, indices=[index])
+        assert together[index].tokens == alone.tokens
+
+
+def test_prompts_longer_than_a_page_match_the_full_forward(bridged):
+    prompts = [list(range(3, 40)), [7], list(range(10, 45)), list(range(3, 37))]
+    groups = br.generate_groups(
+        bridged, prompts, 3, br.SamplingParams(40, seed=2, eos_token_id=[2]), options=EIGHT_ROWS
+    )
+    assert max(len(row) for group in groups for row in group.tokens) > 32  # rows of several pages
+    assert worst_difference(bridged, prompts, groups) <= 1e-5
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral", "phi3", "qwen3_moe"])
 def test_a_sliding_window_is_kept(family):
     model = make_bridged(family, sliding_window=4)
-    groups = br.generate_groups(model, PROMPTS, 4, PARAMS, max_rows=8)
+    groups = br.generate_groups(model, PROMPTS, 4, PARAMS, options=EIGHT_ROWS)
     assert max(len(row) for group in groups for row in group.tokens) > 8
     assert worst_difference(model, PROMPTS, groups) <= 1e-5
 
@@ -57,7 +99,7 @@ def test_rows_with_limits_of_their_own_match_the_full_forward(bridged):
     """A row at its limit is seen once more, at its last token, as its mask says in the full forward."""
     limits = [[3, 9, 1, 6], [2, 2, 2, 2], [12, 1, 1, 5], [4, 8, 12, 2]]
     params = br.SamplingParams(12, seed=3, eos_token_id=[])
-    groups = br.generate_groups(bridged, PROMPTS, 4, params, max_rows=8, limits=limits)
+    groups = br.generate_groups(bridged, PROMPTS, 4, params, options=EIGHT_ROWS, limits=limits)
     assert [[len(row) for row in group.tokens] for group in groups] == limits
     assert worst_difference(bridged, PROMPTS, groups) <= 1e-5
 
@@ -77,7 +119,13 @@ def test_a_family_that_is_not_served_is_refused():
 def test_eager_attention_samples_the_same(family):
     prompts = PROMPTS * 2
     groups = [
-        br.generate_groups(make_bridged(family, attn_implementation=attention), prompts, 4, PARAMS, max_rows=8)
+        br.generate_groups(
+            make_bridged(family, attn_implementation=attention),
+            prompts,
+            4,
+            PARAMS,
+            options=EIGHT_ROWS,
+        )
         for attention in ("sdpa", "eager")
     ]
     assert [group.tokens for group in groups[0]] == [group.tokens for group in groups[1]]
@@ -86,7 +134,9 @@ def test_eager_attention_samples_the_same(family):
 def test_the_order_of_admission_changes_no_token(bridged):
     order = [2, 0, 3, 1]
     expected = br.generate_groups(bridged, PROMPTS, 4, PARAMS)
-    found = br.generate_groups(bridged, [PROMPTS[n] for n in order], 4, PARAMS, indices=order, max_rows=4)
+    found = br.generate_groups(
+        bridged, [PROMPTS[n] for n in order], 4, PARAMS, indices=order, options=br.RolloutOptions(max_rows=4)
+    )
     assert [group.tokens for group in found] == [expected[n].tokens for n in order]
 
 
@@ -97,7 +147,7 @@ def test_a_finished_row_costs_nothing_more(bridged):
         lambda module, args, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     long_prompts = [prompt * 2 for prompt in PROMPTS]  # so that one column is a step and no prefill
-    groups = br.generate_groups(bridged, long_prompts, 4, PARAMS, max_rows=8)
+    groups = br.generate_groups(bridged, long_prompts, 4, PARAMS, options=EIGHT_ROWS)
     hook.remove()
     steps = [rows for rows, columns in fed if columns == 1]
     tokens = sum(len(row) for group in groups for row in group.tokens)
@@ -132,7 +182,7 @@ def test_tokens_do_not_depend_on_the_rest_of_the_batch(bridged):
     for index, prompt in enumerate(PROMPTS):
         [alone] = br.generate_groups(bridged, [prompt], 4, PARAMS, indices=[index])
         assert alone.tokens == together[index].tokens
-    limited = br.generate_groups(bridged, PROMPTS, 4, PARAMS, max_rows=8)
+    limited = br.generate_groups(bridged, PROMPTS, 4, PARAMS, options=EIGHT_ROWS)
     assert [group.tokens for group in limited] == [group.tokens for group in together]
 
 

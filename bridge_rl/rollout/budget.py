@@ -1,0 +1,137 @@
+"""How much cache a rollout may have, in pages, from the memory that is free."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from bridge_rl.errors import UserError
+from bridge_rl.rollout.cache import PagedCache
+from bridge_rl.rollout.pages import Pages, pages_for
+from bridge_rl.rollout.request import RolloutOptions, Row
+
+# Of a page of 16 columns half is unused on average. Long rows can afford larger ones, which are fewer to add up.
+ROW_PAGE, LONG_ROW_PAGE, LONG = 16, 64, 2048
+PROMPT_PAGES, PROMPT_PADDING = (128, 64, 32), 1.05
+# Share of free memory for the cache; the rest is for activations. On CPU other programs live there too.
+CUDA_SHARE, CPU_SHARE = 0.8, 0.5
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """Pages for rows and for prompts. `least_*`: what the largest single group needs; `visit`: columns a visit adds."""
+
+    row_page: int
+    prompt_page: int
+    num_row_pages: int
+    num_prompt_pages: int
+    least_row_pages: int
+    least_prompt_pages: int
+    visit: int
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        groups: Sequence[Sequence[Row]],
+        prompt_lengths: Sequence[int],
+        max_rows: int,
+        visit: int,
+        options: RolloutOptions,
+    ) -> "CacheBudget":
+        """What all rows could need, bounded by the options or by free memory.
+
+        Raises ValueError if that is less than a single group needs.
+        """
+        limits = sorted((row.limit for group in groups for row in group), reverse=True)
+        row_page = LONG_ROW_PAGE if limits and limits[0] > LONG else ROW_PAGE
+        prompt_page = prompt_page_for(prompt_lengths)
+        needs = [sum(pages_for(row.limit + visit, row_page) for row in group) for group in groups]
+        prompts = sorted((pages_for(length, prompt_page) for length in prompt_lengths), reverse=True)
+        at_once = max_rows // min(map(len, groups), default=1)
+        budget = cls(
+            row_page=row_page,
+            prompt_page=prompt_page,
+            num_row_pages=sum(pages_for(limit + visit, row_page) for limit in limits[:max_rows]),
+            num_prompt_pages=sum(prompts[:at_once]),
+            least_row_pages=max(needs, default=0),
+            least_prompt_pages=max(prompts, default=0),
+            visit=visit,
+        )
+        tokens = options.max_cache_tokens
+        if tokens is None:
+            tokens = int(free_memory(model.device) // bytes_per_token(model))
+        return budget.bounded(tokens)
+
+    def bounded(self, tokens: int) -> "CacheBudget":
+        """With room for at most `tokens`; prompts have at most half of it, unless one alone needs more."""
+        if tokens >= self.tokens:
+            return self
+        least = self.least_row_pages * self.row_page + self.least_prompt_pages * self.prompt_page
+        if tokens < least:
+            raise UserError(
+                f"The cache has room for {tokens} tokens, and one group with its prompt can need {least}: raise "
+                "max_cache_tokens, free memory, or lower the width, max_new_tokens or the prompt."
+            )
+        half = max(self.least_prompt_pages, tokens // 2 // self.prompt_page)
+        prompts = min(self.num_prompt_pages, half)
+        rows = (tokens - prompts * self.prompt_page) // self.row_page
+        if rows < self.least_row_pages:
+            rows = self.least_row_pages
+            prompts = (tokens - rows * self.row_page) // self.prompt_page
+        return replace(self, num_row_pages=min(rows, self.num_row_pages), num_prompt_pages=prompts)
+
+    def halved(self) -> "CacheBudget":
+        """Half the room, or that of one group."""
+        rows = max(self.least_row_pages, self.num_row_pages // 2)
+        return replace(
+            self, num_row_pages=rows, num_prompt_pages=max(self.least_prompt_pages, self.num_prompt_pages // 2)
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.num_row_pages * self.row_page + self.num_prompt_pages * self.prompt_page
+
+    @property
+    def pages_per_visit(self) -> int:
+        return pages_for(self.visit, self.row_page)
+
+    def prompt_pages(self, length: int) -> int:
+        return pages_for(length, self.prompt_page)
+
+    def make_cache(self, keys: Sequence[torch.Tensor]) -> PagedCache:
+        """An empty cache for a model whose layers have `keys` [B, H, T, K]."""
+        rows, prompts = (
+            Pages(self.num_row_pages, self.row_page, keys),
+            Pages(self.num_prompt_pages, self.prompt_page, keys),
+        )
+        return PagedCache(rows, prompts)
+
+
+def prompt_page_for(lengths: Sequence[int]) -> int:
+    """The largest page that pads the prompts by no more than PROMPT_PADDING."""
+    for page in PROMPT_PAGES:
+        if sum(pages_for(length, page) * page for length in lengths) <= PROMPT_PADDING * sum(lengths):
+            return page
+    return ROW_PAGE
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Of keys and values in all layers."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    device_type = model.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else model.dtype
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes for the cache, of those free on `device`, which on CPU the ranks of a machine share."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return CUDA_SHARE * (free + kept)
+    return CPU_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,127 @@
+"""Decode steps of the rows that run: forward, draw, and again, without asking the host in between.
+
+Shapes: R rows running, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from bridge_rl.group import sibling_bias
+from bridge_rl.rollout.cache import Layout, PagedCache, lockstep_attention
+from bridge_rl.rollout.ending import Ending
+from bridge_rl.rollout.pages import PageTable
+from bridge_rl.rollout.request import Row
+from bridge_rl.rollout.sampling import SamplingParams, draw_tokens
+from bridge_rl.surgery import has_bridge
+
+LOCKSTEP = "bridge_lockstep"
+AttentionInterface.register(LOCKSTEP, lockstep_attention)
+
+
+class Decoder:
+    """Runs steps of one model."""
+
+    def __init__(self, model: PreTrainedModel, params: SamplingParams, ending: Ending) -> None:
+        self.model, self.params, self.ending = model, params, ending
+        self.has_bridge = has_bridge(model)
+
+    def run(self, rows: Sequence[Row], layout: Layout, cache: PagedCache, pages: Tensor) -> None:
+        """Feed every row its last token and draw the next, as often as `pages` [steps, R] has rows' pages to write to.
+
+        A row that has drawn its end runs one step more, in which its siblings see that token; what it runs after that
+        is seen by nobody. The rows get what they drew.
+        """
+        steps, device = len(pages), self.model.device
+        tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
+        drawn = torch.tensor([len(row.tokens) for row in rows], device=device)
+        limits = torch.tensor([row.limit for row in rows], device=device)
+        drawing = torch.tensor([not row.finish_reason for row in rows], device=device)
+        uniforms = torch.tensor(np.stack([next_uniforms(row, steps) for row in rows], axis=1), device=device)
+        visible = torch.ones_like(drawing)
+        made = []
+        with attention(self.model, LOCKSTEP):
+            for step in range(steps):
+                cache.begin_step(layout, drawn - 1, pages[step])
+                logits = self.forward(layout, cache, tokens, visible)
+                tokens, logprobs = draw_tokens(logits, uniforms[step], self.params)
+                stopped = self.ending.stopped(tokens, rows)
+                made.append((tokens, logprobs, stopped, drawing))
+                drawn = drawn + 1
+                visible, drawing = drawing, drawing & ~stopped & (drawn < limits)
+        for columns in zip(*(torch.stack(part).tolist() for part in zip(*made, strict=True)), strict=True):
+            for row, token, logprob, stop, draws in zip(rows, *columns, strict=True):
+                if draws:
+                    row.append(token, logprob, stop)
+
+    def forward(self, layout: Layout, cache: PagedCache, tokens: Tensor, visible: Tensor) -> Tensor:
+        """One step: each row's last token, int64 [R] -> logits [R, V]. `visible` [R]: rows whose token siblings see."""
+        positions = layout.prompt_lengths[layout.group_of_row] + cache.columns
+        output = self.model(
+            input_ids=tokens[:, None],
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            rollout_cache=cache,
+            use_cache=True,
+            **siblings(self.has_bridge, sibling_bias(layout.group_of_row, visible)),
+        )
+        return output.logits[:, -1]
+
+
+def siblings(has_bridge: bool, alive: Tensor) -> dict[str, Tensor]:
+    """Who thinks together, as a keyword; models without blocks do not take it."""
+    return {"bridge_alive": alive} if has_bridge else {}
+
+
+def next_uniforms(row: Row, steps: int) -> np.ndarray:
+    """The next draws of a row; beyond its last one, any number."""
+    draws = row.uniforms[len(row.tokens) : len(row.tokens) + steps]
+    return np.pad(draws, (0, steps - len(draws)))
+
+
+def make_layout(rows: Sequence[Row], prompt_lengths: Sequence[int], cache: PagedCache, device: torch.device) -> Layout:
+    """The rows that run, as the attention takes them. `prompt_lengths`: by place of the prompt."""
+    places = list(dict.fromkeys(row.group for row in rows))
+    slot_of_group = {place: slot for slot, place in enumerate(places)}
+    members: list[list[int]] = [[] for _ in places]  # slots of each group's rows
+    ranks = []
+    for slot, row in enumerate(rows):
+        ranks.append(len(members[slot_of_group[row.group]]))
+        members[slot_of_group[row.group]].append(slot)
+    widest = max(map(len, members))
+    return Layout(
+        group_of_row=torch.tensor([slot_of_group[row.group] for row in rows], device=device),
+        rank_of_row=torch.tensor(ranks, device=device),
+        rows_of_group=torch.tensor([slots + slots[:1] * (widest - len(slots)) for slots in members], device=device),
+        prompt_lengths=torch.tensor([prompt_lengths[place] for place in places], device=device),
+        rows=PageTable.of(cache.rows, [row.number for row in rows], device),
+        prompts=PageTable.of(cache.prompts, places, device),
+    )
+
+
+@contextmanager
+def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout, no gradient checkpointing (it would switch the cache off), and attention that takes a mask."""
+    training, implementation = model.training, model.config._attn_implementation
+    model.eval()
+    try:
+        with attention(model, implementation if implementation in ("eager", "sdpa") else "sdpa"):
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Inside, the model's layers call this attention function."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,137 @@
+"""What is asked of a rollout, and what it gives back."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bridge_rl.errors import UserError
+from bridge_rl.rollout.sampling import SamplingParams
+from bridge_rl.surgery import SERVED_FAMILIES, has_bridge
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt that were sampled together, each a list over the N rows.
+
+    tokens: ids, with the EOS where one was drawn. logprobs: of each token at the sampling temperature.
+    finish_reasons: `stop` at an EOS or a stop string, `length` at the limit, `abort` where the rollout was cut short
+    (such a row has the tokens drawn until then, none if its group was never begun).
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reasons: list[str]
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How a rollout is run: none of it changes a token, except that it may be cut short.
+
+    max_rows: rows at once (at least one group), by default all.
+    max_cache_tokens: tokens whose keys and values are held at once, prompts counted once a group; by default as many
+    as free memory holds. When they are used up, the youngest group starts again later.
+    deadline_s: seconds after which rows that have not ended are cut. cancelled: asked between steps, cuts
+    them when true.
+    steps_per_visit: decode steps between two looks of the scheduler, each of which waits for the device; by default 1
+    on CPU, 8 on CUDA. A row that ends in between runs on unseen until the next look.
+    prefill_tokens: prompt tokens, padding included, in one forward pass; longer prompts are prefilled in chunks.
+    """
+
+    max_rows: int | None = None
+    max_cache_tokens: int | None = None
+    deadline_s: float | None = None
+    cancelled: Callable[[], bool] | None = None
+    steps_per_visit: int | None = None
+    prefill_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_cache_tokens", "deadline_s", "steps_per_visit", "prefill_tokens"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}: it must be above 0.")
+
+
+@dataclass
+class RolloutStats:
+    """What a rollout took.
+
+    forwards: passes through the model; steps: those that were decode steps; row_steps: rows over all steps.
+    peak_cache_tokens: most columns of pages in use at once; held_tokens_at_peak: of them those that held a token.
+    preempted: groups begun again for want of cache; shrunk: times that memory ran out.
+    """
+
+    forwards: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    prefill_seconds: float = 0.0
+    step_seconds: float = 0.0
+    peak_cache_tokens: int = 0
+    held_tokens_at_peak: int = 0
+    preempted: int = 0
+    shrunk: int = 0
+
+
+@dataclass
+class Row:
+    """One completion while it is sampled."""
+
+    number: int  # among all rows of the rollout
+    group: int  # place of its prompt
+    limit: int  # of its tokens
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    uniforms: Any = None  # its draws, one a step
+
+    def append(self, token: int, logprob: float, stopped: bool) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.limit:
+            self.finish_reason = "length"
+
+    def restart(self) -> None:
+        self.tokens, self.logprobs, self.finish_reason, self.uniforms = [], [], "", None
+
+
+def make_rows(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    width: int | Sequence[int],
+    params: SamplingParams,
+    indices: Sequence[int] | None,
+    limits: Sequence[Sequence[int]] | None,
+    expected_lengths: Sequence[float] | None,
+) -> list[list[Row]]:
+    """The rows of each group, none begun. Raises ValueError for what cannot be sampled."""
+    family = model.config.model_type
+    if family not in SERVED_FAMILIES:
+        raise UserError(
+            f"Sampling does not serve the model family '{family}': use one of {', '.join(SERVED_FAMILIES)}."
+        )
+    if getattr(model.config, "bridge", None) and not has_bridge(model):
+        raise UserError("The model's config names a Bridge that is not there: load it with bridge_rl.load_bridge.")
+    widths = [width] * len(prompt_ids) if isinstance(width, int) else list(width)
+    if len(widths) != len(prompt_ids):
+        raise UserError(
+            f"width has {len(widths)} entries for {len(prompt_ids)} prompts: give one a prompt, or one int."
+        )
+    for place, (prompt, wide) in enumerate(zip(prompt_ids, widths, strict=True)):
+        if wide < 1:
+            raise UserError(f"width is {wide} for prompt {place}: it must be at least 1.")
+        if not len(prompt):
+            raise UserError(f"Prompt {place} has no tokens: give every group at least one.")
+    if limits is None:
+        limits = [[params.max_new_tokens] * wide for wide in widths]
+    if [len(group) for group in limits] != widths or any(
+        not 1 <= limit <= params.max_new_tokens for group in limits for limit in group
+    ):
+        raise UserError("limits must give each row of each group a number from 1 to max_new_tokens.")
+    for name, values in (("indices", indices), ("expected_lengths", expected_lengths)):
+        if values is not None and len(values) != len(prompt_ids):
+            raise UserError(f"{name} has {len(values)} entries for {len(prompt_ids)} prompts: give one a prompt.")
+    numbers = iter(range(sum(widths)))
+    return [[Row(next(numbers), place, limit) for limit in group] for place, group in enumerate(limits)]

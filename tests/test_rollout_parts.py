@@ -1,0 +1,100 @@
+"""The parts of a rollout, each against something slower and obvious."""
+
+import random
+
+import pytest
+import torch
+
+from bridge_rl.group import sibling_bias
+from bridge_rl.rollout.cache import MASKED, Part, attend_pages, join
+from bridge_rl.rollout.pages import Pages, PageTable
+from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, invert_cdf
+
+LIKE = [torch.zeros(1, 2, 1, 4)] * 3  # three layers, two heads of size 4
+
+
+def layers(columns: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(2, columns, 4), torch.randn(2, columns, 4)) for _ in LIKE]
+
+
+def contents(pages: Pages, owner: int, columns: int) -> list[tuple[torch.Tensor, ...]]:
+    data = pages.data[:, :, pages.of[owner]]  # [layers, 2, pages, H, C, K]
+    flat = data.transpose(2, 3).flatten(3, 4)[:, :, :, :columns]
+    return [tuple(layer) for layer in flat]
+
+
+def test_pages_keep_what_their_owners_wrote_while_others_come_and_go():
+    torch.manual_seed(0)
+    rng, pages, kept = random.Random(0), Pages(40, 4, LIKE), {}
+    for owner in range(60):
+        columns = rng.randrange(1, 14)
+        while pages.missing(owner, columns) > pages.free:
+            gone = rng.sample(sorted(kept), k=min(2, len(kept)))
+            pages.release(gone)
+            for number in gone:
+                del kept[number]
+        kept[owner] = layers(columns)
+        pages.write(owner, kept[owner])
+        assert pages.used == sum(-(-tensors[0][0].shape[1] // 4) for tensors in kept.values())
+        for number, tensors in kept.items():
+            for found, expected in zip(contents(pages, number, tensors[0][0].shape[1]), tensors, strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(kept) < 20, "nobody has left: the test says little"
+
+
+def test_attention_over_pages_is_attention_over_each_owners_columns():
+    torch.manual_seed(0)
+    pages, lengths = Pages(30, 4, LIKE), {7: 9, 3: 4, 12: 1}
+    written = {owner: layers(length) for owner, length in lengths.items()}
+    for owner, tensors in written.items():
+        pages.write(owner, tensors)
+    table = PageTable.of(pages, list(lengths), torch.device("cpu"))
+    q = torch.randn(3, 2, 5, 4)
+    limits = torch.tensor(list(lengths.values()))[table.owner][:, None]
+    bias = torch.where(table.column < limits, 0.0, MASKED)[:, None, None, :]
+    part = attend_pages(q, pages.data[1, :, : pages.used], bias, table)
+    for slot, owner in enumerate(lengths):
+        keys, values = written[owner][1]
+        expected = torch.softmax(q[slot] @ keys.transpose(-1, -2), dim=-1) @ values
+        torch.testing.assert_close(part.mixed[slot] / part.total[slot][..., None], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_two_parts_join_to_one_softmax():
+    torch.manual_seed(0)
+    scores, values = 5 * torch.randn(3, 2, 5, 8), torch.randn(3, 2, 8, 4)
+
+    def part(columns: slice) -> Part:
+        some = scores[..., columns]
+        largest = some.amax(-1)
+        weights = (some - largest[..., None]).exp()
+        return Part(weights @ values[:, :, columns], largest, weights.sum(-1))
+
+    expected = scores.softmax(-1) @ values
+    torch.testing.assert_close(join(part(slice(0, 3)), part(slice(3, 8))), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_siblings_are_the_living_rows_of_a_group():
+    bias = sibling_bias(torch.tensor([0, 1, 0, 0]), torch.tensor([True, True, True, False]))
+    no = float("-inf")
+    assert bias.tolist() == [[0, no, 0, no], [no, 0, no, no], [0, no, 0, no], [0, no, 0, 0]]
+
+
+@pytest.mark.parametrize("size", [5, 128, 129, 1000])
+def test_a_draw_is_where_the_running_sum_passes_its_share(size):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(64, size, generator=generator, dtype=torch.float64)
+    weights[torch.rand(64, size, generator=generator) < 0.5] = 0
+    weights[:, 0] += 1e-3
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    sums = weights.cumsum(-1)
+    expected = [int((row > u * row[-1]).nonzero()[0]) for row, u in zip(sums, uniforms, strict=True)]
+    assert invert_cdf(weights, uniforms).tolist() == expected
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24, 1.0])
+def test_a_token_of_probability_zero_is_never_drawn(uniform):
+    logits = torch.full((300,), float("-inf"))
+    logits[[3, 140, 255]] = torch.tensor([0.0, -30.0, -3.0])
+    tokens, logprobs = draw_tokens(logits[None], torch.tensor([uniform]), SamplingParams(1))
+    assert tokens.item() in (3, 140, 255)
+    assert logprobs.item() == pytest.approx(logits.log_softmax(-1)[tokens].item(), abs=1e-6)
