@@ -232,7 +232,7 @@ def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, t
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     per_token = 2 * 2 * layers * kv_heads * head_dim
     kv_cache = per_token * max(sampled_tokens(recipe, batches, prompt))
-    if stage == 3:
+    if stage == 3 and recipe.training.get("ds3_gather_for_generation", True):
         kv_cache += bytes_per_weight * total  # all parameters are gathered while sampling
     return Memory(weights, gradients, optimizer, activations, kv_cache)
 

@@ -292,20 +292,12 @@ def make_evaluator(
     recipe: Recipe, eval_set: Dataset, tokenizer: Any, reward: Callable[..., list[float]]
 ) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
     """Evaluation at every width of the recipe, shared out over the ranks; rank 0 writes the samples."""
-    from trl.models import unwrap_model_for_generation
-
     rows = eval_set.to_list()
 
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         rank, num_ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
         total = num_completions(recipe.evaluation, len(rows)) // num_ranks
-        checkpointing = trainer.args.gradient_checkpointing_kwargs
-        with (
-            Bar("evaluation", total) as bar,
-            unwrap_model_for_generation(
-                trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
-            ) as model,
-        ):
+        with Bar("evaluation", total) as bar, trainer.model_for_sampling() as model:
             limit = recipe.rollout.max_new_tokens
             mine = list(
                 sample_groups(

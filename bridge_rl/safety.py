@@ -26,7 +26,6 @@ _UNSAFE: tuple[tuple[str, Any, str], ...] = (
     ("generation_kwargs", None, "the rollout is ours and does not read them: use the rollout section"),
     ("use_liger_kernel", False, "it replaces the layers' forward, in which the blocks sit: leave it off"),
     ("sync_ref_model", False, "the reference is the base itself, which does not move: leave it off"),
-    ("ds3_gather_for_generation", True, "ranks would wait for each other at every token: leave it on"),
     (
         "load_best_model_at_end",
         False,
@@ -47,7 +46,7 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
     if split:
         yield "training.accelerator_config.split_batches is on: it cuts batches inside groups, leave it off."
     if options.get("fsdp"):
-        yield "training.fsdp is set: rollouts under FSDP are not served yet, use DDP or ZeRO."
+        yield "training.fsdp is set: rollouts run under FSDP, but training and saving do not yet: use DDP or ZeRO."
     for key in ("per_device_train_batch_size", "num_generations"):
         value = options.get(key)
         if value is not None and value % width != 0:

@@ -9,7 +9,7 @@ What is kept whole and how:
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -152,6 +152,17 @@ class BridgeGRPOTrainer(GRPOTrainer):
         """Of the present generation batch: the same on every rank, and after a resume."""
         return stream_seed(self.args.seed, "training", self._step // self._generate_every)
 
+    def model_for_sampling(self) -> AbstractContextManager[PreTrainedModel]:
+        """The module that is trained. Under ZeRO-3 its parameters are gathered inside, once, unless
+        `args.ds3_gather_for_generation` is off: each forward pass then gathers them, and `generate_groups` keeps the
+        ranks at equally many."""
+        return unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+
     def _calculate_rewards(self, *args: Any) -> Tensor:
         start = time.perf_counter()
         rewards = super()._calculate_rewards(*args)  # [B over all ranks, functions]
@@ -256,10 +267,7 @@ def lockstep_rollout(prompts: list[Any], trainer: BridgeGRPOTrainer) -> dict[str
         seed=trainer.rollout_seed,
         eos_token_id=trainer.eos_token_ids,
     )
-    checkpointing = trainer.args.gradient_checkpointing_kwargs
-    with unwrap_model_for_generation(
-        trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
-    ) as model:
+    with trainer.model_for_sampling() as model:
         options = RolloutOptions(max_rows=trainer.max_rows)
         groups = generate_groups(model, per_group, trainer.width, params, indices, options=options)
 

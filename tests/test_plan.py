@@ -165,6 +165,15 @@ def test_memory_by_hand():
     )
 
 
+def test_weights_that_are_not_gathered_for_sampling_are_not_counted_there():
+    path = RECIPES / "r1_distill_llama_8b.yaml"
+    gathered, sharded = (
+        make_plan(load_recipe(path, [f"training.ds3_gather_for_generation={value}"])) for value in ("true", "false")
+    )
+    assert sharded.conflicts == []
+    assert gathered.memory.kv_cache - sharded.memory.kv_cache == 2 * gathered.parameters
+
+
 # -- dry runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +232,6 @@ UNSAFE = {
     "generation_kwargs": {"num_beams": 2},
     "use_liger_kernel": True,
     "sync_ref_model": True,
-    "ds3_gather_for_generation": False,
     "auto_find_batch_size": True,
     "load_best_model_at_end": True,
 }

@@ -100,7 +100,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(model):
 
 def test_a_cancelled_rollout_returns_what_is_done(model, expected):
     looks = count()
-    options = br.RolloutOptions(max_rows=8, cancelled=lambda: next(looks) > 30)
+    options = br.RolloutOptions(max_rows=8, cancelled=lambda: next(looks) > 15)
     groups = br.generate_groups(model, PROMPTS, 4, PARAMS, options=options)
     reasons = [reason for group in groups for reason in group.finish_reasons]
     assert {"abort"} < set(reasons)
@@ -136,6 +136,12 @@ def test_the_longest_expected_groups_are_begun_first(model, expected):
 def test_options_that_mean_nothing_are_refused(key):
     with pytest.raises(ValueError, match=f"{key} is 0: it must be above 0"):
         br.RolloutOptions(**{key: 0})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without one")
+def test_graphs_without_a_cuda_device_are_refused(model):
+    with pytest.raises(ValueError, match="cuda_graphs needs a whole model on a CUDA device"):
+        br.generate_groups(model, PROMPTS, 4, PARAMS, options=br.RolloutOptions(cuda_graphs=True))
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,10 @@ def sample_and_score(
     max_rows: int | None,
 ) -> list[ScoredGroup]:
     """One group for each of `rows` (with `prompt`, `problem`, `answer`); right is a reward above RIGHT."""
-    prompts = prompt_tokens(tokenizer, [row["prompt"] for row in rows])
+    prompts = prompt_tokens(tokenizer, [row["prompt"] for row in rows]) if rows else []
     groups = generate_groups(model, prompts, width, params, indices, options=RolloutOptions(max_rows=max_rows))
+    if not rows:
+        return []
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for group in groups for tokens in group.tokens]
     columns = {key: repeat_for_rows([row[key] for row in rows], width) for key in rows[0]}
     scores = reward(completions=texts, **columns)
@@ -96,9 +98,10 @@ def sample_groups(
         eos_token_id=eos_ids(model, tokenizer),
     )
     mine = list(range(rank, len(rows), num_ranks))
+    largest_share = len(range(0, len(rows), num_ranks))  # ranks that hold shards of a model must call equally often
     for width in section.widths:
         per_problem = groups_per_problem(section, width)
-        for start in range(0, len(mine), PROBLEMS_PER_CALL):
+        for start in range(0, largest_share, PROBLEMS_PER_CALL):
             problems = repeat_for_rows(mine[start : start + PROBLEMS_PER_CALL], per_problem)
             numbers = [place % per_problem for place in range(len(problems))]
             scored = sample_and_score(

@@ -102,13 +102,12 @@ class CacheBudget:
     def prompt_pages(self, length: int) -> int:
         return pages_for(length, self.prompt_page)
 
-    def make_cache(self, keys: Sequence[torch.Tensor]) -> PagedCache:
-        """An empty cache for a model whose layers have `keys` [B, H, T, K]."""
-        rows, prompts = (
-            Pages(self.num_row_pages, self.row_page, keys),
-            Pages(self.num_prompt_pages, self.prompt_page, keys),
+    def make_cache(self, keys: Sequence[torch.Tensor], spare: int = 0) -> PagedCache:
+        """An empty cache for a model whose layers have `keys` [B, H, T, K], with `spare` more pages for rows."""
+        return PagedCache(
+            rows=Pages(self.num_row_pages, self.row_page, keys, spare),
+            prompts=Pages(self.num_prompt_pages, self.prompt_page, keys),
         )
-        return PagedCache(rows, prompts)
 
 
 def prompt_page_for(lengths: Sequence[int]) -> int:

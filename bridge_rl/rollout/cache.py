@@ -81,10 +81,12 @@ class PagedCache(Cache):
         """Scaled queries [R, H, Q, K] -> what each row sees of its prompt and of itself, [R, H, Q, K]."""
         layout = self.layout
         row_bias, prompt_bias = self.bias(window)
-        own = attend_pages(q, self.rows.data[layer, :, : self.rows.used], row_bias, layout.rows)
+        own = attend_pages(q, self.rows.data[layer, :, : len(layout.rows.owner)], row_bias, layout.rows)
         # All rows of a group ask the same pages: one product for them.
         together = q[layout.rows_of_group].transpose(1, 2).flatten(2, 3)  # [G, H, N*Q, K]
-        shared = attend_pages(together, self.prompts.data[layer, :, : self.prompts.used], prompt_bias, layout.prompts)
+        shared = attend_pages(
+            together, self.prompts.data[layer, :, : len(layout.prompts.owner)], prompt_bias, layout.prompts
+        )
         width = layout.rows_of_group.shape[1]
         prompt = Part(*(x.unflatten(2, (width, -1))[layout.group_of_row, :, layout.rank_of_row] for x in shared))
         return join(own, prompt).to(q.dtype)

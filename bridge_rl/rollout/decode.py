@@ -5,6 +5,7 @@ Shapes: R rows running, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +24,23 @@ LOCKSTEP = "bridge_lockstep"
 AttentionInterface.register(LOCKSTEP, lockstep_attention)
 
 
+@dataclass
+class Inputs:
+    """What a step reads and, but for the last two, leaves for the next one. All [R].
+
+    tokens: to feed; drawn: how many tokens the row has, these included; limits: how many it may have; drawing: rows
+    that have not ended; visible: rows whose token siblings see; uniforms: the draws; pages: where keys and values go.
+    """
+
+    tokens: Tensor
+    drawn: Tensor
+    limits: Tensor
+    drawing: Tensor
+    visible: Tensor
+    uniforms: Tensor
+    pages: Tensor
+
+
 class Decoder:
     """Runs steps of one model."""
 
@@ -30,33 +48,52 @@ class Decoder:
         self.model, self.params, self.ending = model, params, ending
         self.has_bridge = has_bridge(model)
 
+    def forget(self) -> None:
+        """Drop what depends on the cache, which is about to be replaced."""
+
     def run(self, rows: Sequence[Row], layout: Layout, cache: PagedCache, pages: Tensor) -> None:
         """Feed every row its last token and draw the next, as often as `pages` [steps, R] has rows' pages to write to.
 
         A row that has drawn its end runs one step more, in which its siblings see that token; what it runs after that
         is seen by nobody. The rows get what they drew.
         """
-        steps, device = len(pages), self.model.device
-        tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
-        drawn = torch.tensor([len(row.tokens) for row in rows], device=device)
-        limits = torch.tensor([row.limit for row in rows], device=device)
+        device = self.model.device
         drawing = torch.tensor([not row.finish_reason for row in rows], device=device)
-        uniforms = torch.tensor(np.stack([next_uniforms(row, steps) for row in rows], axis=1), device=device)
-        visible = torch.ones_like(drawing)
-        made = []
+        uniforms = torch.tensor(np.stack([next_uniforms(row, len(pages)) for row in rows], axis=1), device=device)
+        inputs = Inputs(
+            tokens=torch.tensor([row.tokens[-1] for row in rows], device=device),
+            drawn=torch.tensor([len(row.tokens) for row in rows], device=device),
+            limits=torch.tensor([row.limit for row in rows], device=device),
+            drawing=drawing,
+            visible=torch.ones_like(drawing),
+            uniforms=uniforms[0],
+            pages=pages[0],
+        )
         with attention(self.model, LOCKSTEP):
-            for step in range(steps):
-                cache.begin_step(layout, drawn - 1, pages[step])
-                logits = self.forward(layout, cache, tokens, visible)
-                tokens, logprobs = draw_tokens(logits, uniforms[step], self.params)
-                stopped = self.ending.stopped(tokens, rows)
-                made.append((tokens, logprobs, stopped, drawing))
-                drawn = drawn + 1
-                visible, drawing = drawing, drawing & ~stopped & (drawn < limits)
+            made = self.steps(rows, inputs, uniforms, pages, layout, cache)
         for columns in zip(*(torch.stack(part).tolist() for part in zip(*made, strict=True)), strict=True):
             for row, token, logprob, stop, draws in zip(rows, *columns, strict=True):
                 if draws:
                     row.append(token, logprob, stop)
+
+    def steps(
+        self, rows: Sequence[Row], inputs: Inputs, uniforms: Tensor, pages: Tensor, layout: Layout, cache: PagedCache
+    ) -> list[tuple[Tensor, ...]]:
+        """Of each step, [R] each: tokens, log-probs, whether they end their rows, and which rows drew."""
+        made = []
+        for inputs.uniforms, inputs.pages in zip(uniforms, pages, strict=True):
+            made.append(self.step(rows, inputs, layout, cache))
+        return made
+
+    def step(self, rows: Sequence[Row], inputs: Inputs, layout: Layout, cache: PagedCache) -> tuple[Tensor, ...]:
+        """One step, which leaves `inputs` as the next one reads them."""
+        cache.begin_step(layout, inputs.drawn - 1, inputs.pages)
+        logits = self.forward(layout, cache, inputs.tokens, inputs.visible)
+        tokens, logprobs = draw_tokens(logits, inputs.uniforms, self.params)
+        stopped, drew = self.ending.stopped(tokens, rows), inputs.drawing
+        inputs.tokens, inputs.drawn, inputs.visible = tokens, inputs.drawn + 1, drew
+        inputs.drawing = drew & ~stopped & (inputs.drawn < inputs.limits)
+        return tokens, logprobs, stopped, drew
 
     def forward(self, layout: Layout, cache: PagedCache, tokens: Tensor, visible: Tensor) -> Tensor:
         """One step: each row's last token, int64 [R] -> logits [R, V]. `visible` [R]: rows whose token siblings see."""

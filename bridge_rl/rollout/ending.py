@@ -31,7 +31,7 @@ class Ending:
 
     def stopped(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
         """bool [R], for `tokens` [R] drawn by `rows`."""
-        stopped = torch.isin(tokens, self.eos)
+        stopped = (tokens[:, None] == self.eos).any(dim=-1)
         if self.stop_strings:
             assert self.tokenizer is not None
             ids = [[*row.tokens[-self.tail :], token] for row, token in zip(rows, tokens.tolist(), strict=True)]

@@ -22,6 +22,7 @@ from bridge_rl.rollout.budget import CacheBudget
 from bridge_rl.rollout.cache import Layout, PagedCache
 from bridge_rl.rollout.decode import Decoder, make_layout, sampling_mode, siblings
 from bridge_rl.rollout.ending import Ending
+from bridge_rl.rollout.graphs import FilledDecoder, GraphDecoder, spare_pages
 from bridge_rl.rollout.ranks import Ranks
 from bridge_rl.rollout.request import Group, RolloutOptions, RolloutStats, Row, make_rows
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms
@@ -90,8 +91,8 @@ class Rollout:
         self.indices = range(len(prompt_ids)) if indices is None else indices
         self.prompt_lengths = list(map(len, prompt_ids))
         self.ending = Ending(model, params, tokenizer)
-        self.decoder = Decoder(model, params, self.ending)
         self.ranks = Ranks(model)
+        self.decoder = self._decoder(params)
         self.steps_per_visit = self._steps_per_visit()
         self.waiting = list(range(len(self.groups)))  # places of groups
         if expected_lengths is not None:
@@ -113,13 +114,22 @@ class Rollout:
             return 1
         return self.options.steps_per_visit or (1 if self.model.device.type == "cpu" else 8)
 
+    def _decoder(self, params: SamplingParams) -> Decoder:
+        if not self.options.cuda_graphs:
+            return Decoder(self.model, params, self.ending)
+        if self.model.device.type != "cuda" or self.ranks.together or self.ending.needs_host:
+            raise UserError(
+                "cuda_graphs needs a whole model on a CUDA device and no stop strings: leave it off for this rollout."
+            )
+        return GraphDecoder(self.model, params, self.ending)
+
     @torch.no_grad()
     def run(self) -> list[Group]:
         """Every group, in the order of the prompts."""
         started = time.monotonic()
         with sampling_mode(self.model):
-            while self.ranks.any_has_work(self.has_work(started)):
-                if self.has_work(started):
+            while self.ranks.any_has_work(mine := self.has_work(started)):
+                if mine:
                     self.advance_or_shrink()
                 else:
                     self.ranks.idle_forward()
@@ -206,7 +216,8 @@ class Rollout:
         """Keep the prompts' keys and values, and draw the first token of every row. `logits`: [prompts, V]."""
         layers = [(layer.keys, layer.values) for layer in prefill.cache.layers]
         if self.cache is None:
-            self.cache = self.budget.make_cache([keys for keys, _ in layers])
+            spare = spare_pages(self.max_rows) if isinstance(self.decoder, FilledDecoder) else 0
+            self.cache = self.budget.make_cache([keys for keys, _ in layers], spare)
         new = []
         for n, place in enumerate(prefill.places):
             length = self.prompt_lengths[place]
@@ -308,6 +319,7 @@ class Rollout:
         rows, tokens = len(self.running), self.budget.tokens
         self.prefill = None
         self.cache = None
+        self.decoder.forget()
         self.restart(places)
         clear_device_cache(garbage_collection=True)
         widest = max(map(len, self.groups))

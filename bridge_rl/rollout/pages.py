@@ -17,11 +17,14 @@ from torch import Tensor
 class Pages:
     """Pages of keys and values, of owners that are told apart by a number."""
 
-    def __init__(self, num_pages: int, columns: int, like: Sequence[Tensor]) -> None:
-        """Room for `num_pages`. `like`: keys [B, H, T, K] of each layer, which give dtype, device and shape."""
-        self.columns, self.num_pages = columns, num_pages
+    def __init__(self, num_pages: int, columns: int, like: Sequence[Tensor], spare: int = 0) -> None:
+        """Room for `num_pages`. `like`: keys [B, H, T, K] of each layer, which give dtype, device and shape.
+
+        `spare`: pages at the end that have no owner, for rows that only fill up a step (`graphs`).
+        """
+        self.columns, self.num_pages, self.spare = columns, num_pages, spare
         _, heads, _, head_dim = like[0].shape
-        shape = (len(like), 2, num_pages, heads, columns, head_dim)
+        shape = (len(like), 2, num_pages + spare, heads, columns, head_dim)
         self.data = _zeros(shape, like[0])  # of each layer keys, then values
         self.used = 0
         self.owner = np.zeros(num_pages, dtype=np.int64)

@@ -36,6 +36,7 @@ class RolloutOptions:
     them when true.
     steps_per_visit: decode steps between two looks of the scheduler, each of which waits for the device; by default 1
     on CPU, 8 on CUDA. A row that ends in between runs on unseen until the next look.
+    cuda_graphs: record decode steps as CUDA graphs, which spares the launches of their kernels. Not yet run on a GPU.
     prefill_tokens: prompt tokens, padding included, in one forward pass; longer prompts are prefilled in chunks.
     """
 
@@ -45,6 +46,7 @@ class RolloutOptions:
     cancelled: Callable[[], bool] | None = None
     steps_per_visit: int | None = None
     prefill_tokens: int = 8192
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_cache_tokens", "deadline_s", "steps_per_visit", "prefill_tokens"):

@@ -2,14 +2,24 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import bridge_rl.run
 from bridge_rl.cli import main
+from bridge_rl.rollout.ranks import is_sharded
 from bridge_rl.trainer import BridgeGRPOTrainer
 
 
 class Probed(BridgeGRPOTrainer):
+    sharded_while_sampling = None
+
+    @contextmanager
+    def model_for_sampling(self):
+        with super().model_for_sampling() as model:
+            self.sharded_while_sampling = is_sharded(model)
+            yield model
+
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
         parameter = next(
@@ -22,6 +32,7 @@ class Probed(BridgeGRPOTrainer):
             "num_processes": self.accelerator.num_processes,
             "zero_stage": None if plugin is None else plugin.zero_stage,
             "shard_elements": shard.numel(),
+            "sharded_while_sampling": self.sharded_while_sampling,
             "steps": [entry for entry in self.state.log_history if "loss" in entry],
         }
         if self.accelerator.is_main_process:

@@ -23,7 +23,7 @@ SMALL = [
     "warmup.groups_per_step=4",
     "training.save_strategy=steps",
     "training.save_steps=1",
-    "evaluation.problems=4",
+    "evaluation.problems=33",  # two calls of 16 on one of two ranks, one on the other
     "evaluation.samples=4",
     "evaluation.widths=[1,4]",
 ]
@@ -118,6 +118,15 @@ def test_two_ranks_take_the_steps_of_one(
     assert facts["num_processes"] == 2
     assert facts["zero_stage"] == zero_stage
     assert facts["shard_elements"] == shard_elements
+    assert not facts["sharded_while_sampling"]
+    assert_same_steps(facts, one_rank[0])
+    assert_same_end(tmp_path, one_rank[1])
+
+
+def test_two_ranks_that_sample_from_shards_take_the_steps_of_one(warmed, one_rank, tmp_path):
+    facts = run(warmed, tmp_path, 32, "cpu_zero3", "training.ds3_gather_for_generation=false")
+    assert facts["zero_stage"] == 3
+    assert facts["sharded_while_sampling"]
     assert_same_steps(facts, one_rank[0])
     assert_same_end(tmp_path, one_rank[1])
 

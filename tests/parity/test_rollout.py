@@ -6,6 +6,7 @@ from conftest import ALL_FAMILIES, make_base, make_bridged
 
 import bridge_rl as br
 from bridge_rl.rollout.engine import Rollout
+from bridge_rl.rollout.graphs import FilledDecoder
 from bridge_rl.rollout.reference import generate_groups_slowly
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [30, 31]]
@@ -58,6 +59,21 @@ def test_steps_without_a_look_of_the_scheduler_change_nothing(family, steps_per_
     assert [group.tokens for group in fast] == [group.tokens for group in slow]
     assert [group.finish_reasons for group in fast] == [group.finish_reasons for group in slow]
     assert worst_difference(model, PROMPTS * 3, fast) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("steps_per_visit", [1, 6])
+def test_rows_and_pages_that_fill_up_a_step_change_nothing(family, steps_per_visit, monkeypatch):
+    """As in steps recorded for CUDA graphs, whose sizes are few."""
+    monkeypatch.setattr("bridge_rl.rollout.engine.Decoder", FilledDecoder)
+    model = make_bridged(family)
+    prompts = PROMPTS * 6
+    options = br.RolloutOptions(max_rows=70, steps_per_visit=steps_per_visit)
+    groups = br.generate_groups(model, prompts, 4, PARAMS, options=options)
+    assert [group.tokens for group in groups] == [
+        group.tokens for group in generate_groups_slowly(model, prompts, 4, PARAMS)
+    ]
+    assert worst_difference(model, prompts, groups) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
