@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows, split_rows
@@ -100,10 +101,10 @@ class BridgeBlock(nn.Module):
 
     def _mix_one_step(self, qkv: Tensor, bias: Tensor) -> Tensor:
         """`qkv` [B, 1, 3*H*K] over ragged groups, `bias` [B, B] -> [B, 1, H*K]: no loop over groups."""
-        q, k, v = qkv.view(len(bias), 3, self.num_heads, self.head_dim).permute(1, 2, 0, 3)  # each [H, B, K]
-        scores = torch.baddbmm(bias.to(q.dtype), q, k.transpose(1, 2), alpha=self.head_dim**-0.5)  # [H, B, B]
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-        return torch.bmm(weights, v).transpose(0, 1).reshape(len(bias), 1, self.inner_width)
+        heads = qkv.view(1, len(bias), 3 * self.num_heads, self.head_dim).transpose(1, 2)
+        q, k, v = heads.chunk(3, dim=1)  # each [1, H, B, K]: the rows are the sequence
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return mixed.transpose(1, 2).reshape(len(bias), 1, self.inner_width)
 
 
 class MatchedMLP(nn.Module):

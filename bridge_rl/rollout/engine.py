@@ -9,6 +9,7 @@ Shapes: R rows running, N width, P prompt columns.
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from bridge_rl.rollout.cache import Layout, PagedCache
 from bridge_rl.rollout.decode import Decoder, make_layout, sampling_mode, siblings
 from bridge_rl.rollout.ending import Ending
 from bridge_rl.rollout.graphs import FilledDecoder, GraphDecoder, spare_pages
+from bridge_rl.rollout.packing import packed_weights
 from bridge_rl.rollout.ranks import Ranks
 from bridge_rl.rollout.request import Group, RolloutOptions, RolloutStats, Row, make_rows
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms
@@ -127,7 +129,7 @@ class Rollout:
     def run(self) -> list[Group]:
         """Every group, in the order of the prompts."""
         started = time.monotonic()
-        with sampling_mode(self.model):
+        with sampling_mode(self.model), nullcontext() if self.ranks.together else packed_weights(self.model):
             while self.ranks.any_has_work(mine := self.has_work(started)):
                 if mine:
                     self.advance_or_shrink()
