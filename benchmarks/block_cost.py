@@ -36,7 +36,7 @@ def make_model() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
-    br.attach_bridge(model, br.BridgeConfig(num_heads=4, head_dim=27))
+    br.attach_bridge(model, br.BridgeConfig(num_heads=3, head_dim=32))
     find_state(model).width = WIDTH
     return model
 

@@ -51,12 +51,12 @@ class CacheBudget:
         prompt_page = prompt_page_for(prompt_lengths)
         needs = [sum(pages_for(row.limit + visit, row_page) for row in group) for group in groups]
         prompts = sorted((pages_for(length, prompt_page) for length in prompt_lengths), reverse=True)
-        at_once = max_rows // min(map(len, groups), default=1)
         budget = cls(
             row_page=row_page,
             prompt_page=prompt_page,
-            num_row_pages=sum(pages_for(limit + visit, row_page) for limit in limits[:max_rows]),
-            num_prompt_pages=sum(prompts[:at_once]),
+            # One page more than a row can need, since admission leaves one free for each row that runs.
+            num_row_pages=sum(pages_for(limit + visit, row_page) + 1 for limit in limits[:max_rows]),
+            num_prompt_pages=sum(prompts[:max_rows]),  # of each group one row may be left
             least_row_pages=max(needs, default=0),
             least_prompt_pages=max(prompts, default=0),
             visit=visit,
