@@ -21,12 +21,12 @@ MASKED = -1e30  # finite, so that a page of which nothing is seen gives no NaN
 class Layout:
     """Which rows run in a step, and how they share prompts. It changes when rows come, go, or need a page.
 
-    group_of_row, rank_of_row: int64 [R], slot of its group and place among the group's rows that are left;
-    rows_of_group: int64 [G, N], padded with row 0; prompt_lengths: int64 [G].
+    group_of_row: int64 [R], slot of its group; rows_of_group: int64 [G, N], those that are left, padded with the first;
+    place_of_row: int64 [R], where it stands in `rows_of_group`, flattened; prompt_lengths: int64 [G].
     """
 
     group_of_row: Tensor
-    rank_of_row: Tensor
+    place_of_row: Tensor
     rows_of_group: Tensor
     prompt_lengths: Tensor
     rows: PageTable
@@ -83,13 +83,14 @@ class PagedCache(Cache):
         row_bias, prompt_bias = self.bias(window)
         own = attend_pages(q, self.rows.data[layer, :, : len(layout.rows.owner)], row_bias, layout.rows)
         # All rows of a group ask the same pages: one product for them.
-        together = q[layout.rows_of_group].transpose(1, 2).flatten(2, 3)  # [G, H, N*Q, K]
+        groups, width = layout.rows_of_group.shape
+        asked = q.index_select(0, layout.rows_of_group.flatten()).unflatten(0, (groups, width))
+        together = asked.transpose(1, 2).flatten(2, 3)  # [G, H, N*Q, K]
         shared = attend_pages(
             together, self.prompts.data[layer, :, : len(layout.prompts.owner)], prompt_bias, layout.prompts
         )
-        width = layout.rows_of_group.shape[1]
-        prompt = Part(*(x.unflatten(2, (width, -1))[layout.group_of_row, :, layout.rank_of_row] for x in shared))
-        return join(own, prompt).to(q.dtype)
+        by_row = (x.unflatten(2, (width, -1)).transpose(1, 2).flatten(0, 1) for x in shared)  # [G*N, H, Q, ...]
+        return join(own, Part(*(x.index_select(0, layout.place_of_row) for x in by_row))).to(q.dtype)
 
 
 class Part(NamedTuple):
@@ -110,19 +111,16 @@ def attend_pages(q: Tensor, data: Tensor, bias: Tensor, table: PageTable) -> Par
     `q` [S, H, Q, K] scaled, of S owners; `data` keys and values [2, M, H, C, K]; `bias` [M, 1, 1, C], 0 or MASKED.
     """
     keys, values = data
-    scores = (q[table.owner] @ keys.transpose(-1, -2)).float() + bias  # [M, H, Q, C]
+    scores = (q.index_select(0, table.owner) @ keys.transpose(-1, -2)).float().add_(bias)  # [M, H, Q, C]
     index = table.owner[:, None, None].expand(scores.shape[:3])
     largest = scores.new_full(q.shape[:3], MASKED).scatter_reduce_(0, index, scores.amax(-1), "amax")
-    weights = (scores - largest[table.owner][..., None]).exp_()
+    weights = scores.sub_(largest.index_select(0, table.owner)[..., None]).exp_()
     mixed = (weights.to(values.dtype) @ values).float()
     return Part(_sum_by_owner(mixed, table, len(q)), largest, _sum_by_owner(weights.sum(-1), table, len(q)))
 
 
 def _sum_by_owner(x: Tensor, table: PageTable, num_owners: int) -> Tensor:
-    """[M, ...] -> [S, ...], in an order that does not change from run to run."""
-    if x.device.type == "cpu":
-        return x.new_zeros(num_owners, *x.shape[1:]).index_add_(0, table.owner, x)
-    # index_add_ adds by atomics on CUDA, in any order.
+    """[M, ...] -> [S, ...]. Not `index_add_`, which on CUDA adds in an order that changes from run to run."""
     return F.embedding_bag(table.order, x.flatten(1), table.starts, mode="sum").view(num_owners, *x.shape[1:])
 
 

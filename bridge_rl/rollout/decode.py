@@ -125,14 +125,15 @@ def make_layout(rows: Sequence[Row], prompt_lengths: Sequence[int], cache: Paged
     places = list(dict.fromkeys(row.group for row in rows))
     slot_of_group = {place: slot for slot, place in enumerate(places)}
     members: list[list[int]] = [[] for _ in places]  # slots of each group's rows
-    ranks = []
+    places_in_group = []
     for slot, row in enumerate(rows):
-        ranks.append(len(members[slot_of_group[row.group]]))
-        members[slot_of_group[row.group]].append(slot)
+        group = slot_of_group[row.group]
+        places_in_group.append((group, len(members[group])))
+        members[group].append(slot)
     widest = max(map(len, members))
     return Layout(
-        group_of_row=torch.tensor([slot_of_group[row.group] for row in rows], device=device),
-        rank_of_row=torch.tensor(ranks, device=device),
+        group_of_row=torch.tensor([group for group, _ in places_in_group], device=device),
+        place_of_row=torch.tensor([group * widest + n for group, n in places_in_group], device=device),
         rows_of_group=torch.tensor([slots + slots[:1] * (widest - len(slots)) for slots in members], device=device),
         prompt_lengths=torch.tensor([prompt_lengths[place] for place in places], device=device),
         rows=PageTable.of(cache.rows, [row.number for row in rows], device),
