@@ -8,15 +8,15 @@ rows are fixed beforehand, and useful tokens per second count a row's own tokens
 
 - scenarios: long-tailed lengths (most rows short, one in sixteen at the limit, a quarter of the limit on average) and
   equal ones, for all engines of `engines.py`; other widths and numbers of rows for ours alone;
-- the time of a decode step with all rows running, with the Bridge and with it disabled, in turns;
+- the time of a decode step with all rows running, with the Bridge and with it disabled, step by step in turns;
 - the prefill of a long prompt for a group of 8 rows, over that for a single row, in turns;
 - tokens of cache in use at the peak of the long-tailed run, over the tokens held there;
 - how much of the machine a decode step uses: FLOPs over those of a large matrix product on CPU, bytes read over the
   bandwidth of a large copy on CUDA;
 - on CUDA, step and long-tailed scenario of a random Qwen2 of 1.5B parameters in bf16.
 
-`bars` says of each goal of the engine whether it was met. Engines take turns, and ours is measured three times (the
-median counts, the extremes are given), since machines are noisy.
+`bars` says of each goal of the engine whether it was met. Engines take turns, and where ours is compared with others it
+is measured twice (the slower run counts, both are given), since machines are noisy.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import random
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from engines import (
     Work,
     continuous_batching,
     hf_generate,
+    make_rollout,
     measure,
     ours,
     run_rollout,
@@ -52,10 +53,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 import bridge_rl as br
 from bridge_rl.report.results import provenance
+from bridge_rl.rollout.decode import sampling_mode
+from bridge_rl.rollout.packing import packed_weights
 
 ROOT = Path(__file__).parent.parent
 RESULT, PLOT = ROOT / "benchmarks" / "results" / "rollout.json", ROOT / "docs" / "rollout.png"
-REPEATS = 3  # of ours
+REPEATS = 2  # of ours, where it is compared
 OURS: dict[str, Engine] = {"ours_with_bridge": ours, "ours_without_bridge": without_bridge(ours)}
 OTHERS: dict[str, Engine] = {
     "hf_generate_dynamic": without_bridge(partial(hf_generate, cache="dynamic")),
@@ -65,6 +68,7 @@ OTHERS: dict[str, Engine] = {
     "trl": without_bridge(trl_generate),
 }
 ARMS = ("with_bridge", "without_bridge")
+WARM_UP_PAIRS = 2
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ class Plan:
     step_prompts: tuple[int, ...] = (32, 256)
     step_rows: int = 64
     step_width: int = 8
-    steps: int = 16
-    pairs: int = 12  # of the two arms, in turns
+    step_pairs: int = 60  # of steps with and without the Bridge
+    pairs: int = 12  # of prefills
     prefill_prompt: int = 512
     prefill_width: int = 8
     large: bool = True  # the 1.5B model, on CUDA
@@ -121,11 +125,11 @@ FULL = Plan(
         Scenario("equal", 48, 4, 64, 32, 96, 256, "equal"),
     ),
     others=(
-        Scenario("width_1", 128, 1, 64, 32, 96, 128),
-        Scenario("width_8", 16, 8, 64, 32, 96, 128),
-        Scenario("width_16", 8, 16, 64, 32, 96, 128),
-        Scenario("max_rows_16", 16, 4, 16, 32, 96, 128),
-        Scenario("max_rows_128", 64, 4, 128, 32, 96, 128),
+        Scenario("width_1", 96, 1, 64, 32, 96, 64),
+        Scenario("width_8", 12, 8, 64, 32, 96, 64),
+        Scenario("width_16", 6, 16, 64, 32, 96, 64),
+        Scenario("max_rows_16", 12, 4, 16, 32, 96, 64),
+        Scenario("max_rows_128", 48, 4, 128, 32, 96, 64),
     ),
 )
 QUICK = Plan(
@@ -134,7 +138,7 @@ QUICK = Plan(
     step_prompts=(8, 16),
     step_rows=8,
     step_width=2,
-    steps=4,
+    step_pairs=4,
     pairs=2,
     prefill_prompt=32,
     prefill_width=4,
@@ -177,27 +181,21 @@ def run_scenario(model: PreTrainedModel, scenario: Scenario, others: dict[str, E
     work = scenario.work(model.config.vocab_size)
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     names = list(others)
-    for turn in range(REPEATS):
-        for name in (*OURS, *names[turn::REPEATS]):
+    repeats = REPEATS if others else 1
+    for turn in range(repeats):
+        for name in (*OURS, *names[turn::repeats]):
             run = measure({**OURS, **others}[name], model, work)
             runs[name].append(run)
             say(f"{scenario.name} {name}: {run['useful_tokens_per_second']:.1f} useful tokens/s")
-    engines = {name: median_run(runs[name]) for name in (*OURS, *others)}
+    engines = {name: slowest_run(runs[name]) for name in (*OURS, *others)}
     mean = work.useful_tokens / (scenario.groups * scenario.width)
     return {"scenario": {**asdict(scenario), "mean_length": mean}, "engines": engines}
 
 
-def median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median time, with the extremes of all."""
+def slowest_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The slowest of the runs, with the extremes of all."""
     runs = sorted(runs, key=lambda run: run["seconds"])
-    middle = runs[len(runs) // 2]
-    return {**middle, "runs": len(runs), "seconds_range": [runs[0]["seconds"], runs[-1]["seconds"]]}
-
-
-@contextmanager
-def bridge_arm(model: PreTrainedModel, arm: str) -> Iterator[None]:
-    with nullcontext() if arm == "with_bridge" else br.disable_bridge(model):
-        yield
+    return {**runs[-1], "runs": len(runs), "seconds_range": [runs[0]["seconds"], runs[-1]["seconds"]]}
 
 
 def equal_work(prompt: int, groups: int, width: int, length: int) -> Work:
@@ -208,16 +206,23 @@ def equal_work(prompt: int, groups: int, width: int, length: int) -> Work:
 
 
 def step_cost(model: PreTrainedModel, plan: Plan, prompt: int) -> dict[str, Any]:
-    """Time of a decode step with all rows running: both arms in turns, in both orders, and the ratios of the pairs."""
-    work = equal_work(prompt, plan.step_rows // plan.step_width, plan.step_width, plan.steps + 1)
+    """Time of a decode step with all rows running: both arms in turns within a rollout, and the ratios of the pairs."""
+    visits = 2 * (plan.step_pairs + WARM_UP_PAIRS)
+    length = visits * (8 if torch.cuda.is_available() else 1) + 2  # steps_per_visit of RolloutOptions
+    work = equal_work(prompt, plan.step_rows // plan.step_width, plan.step_width, length)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for pair in range(plan.pairs + 1):
-        for arm in ARMS if pair % 2 else reversed(ARMS):
-            with bridge_arm(model, arm):
-                rollout, _ = run_rollout(model, work)
-            if pair > 0:  # the first pair warms up
-                seconds[arm].append(rollout.stats.step_seconds / rollout.stats.steps)
-    return {"prompt": prompt, "rows": plan.step_rows, "width": plan.step_width, **paired(seconds)}
+    with sampling_mode(model), packed_weights(model), torch.no_grad():
+        rollout = make_rollout(model, work)
+        while not rollout.running:
+            rollout.advance()
+        for visit in range(visits):
+            arm = ARMS[visit % 2]
+            start, steps = synchronized_seconds(), rollout.stats.steps
+            with nullcontext() if arm == "with_bridge" else br.disable_bridge(model):
+                rollout.advance()
+            seconds[arm].append((synchronized_seconds() - start) / (rollout.stats.steps - steps))
+    shape = {"prompt": prompt, "rows": plan.step_rows, "width": plan.step_width, "generated": rollout.stats.steps / 2}
+    return {**shape, **paired({arm: values[WARM_UP_PAIRS:] for arm, values in seconds.items()})}
 
 
 def prefill_cost(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
@@ -262,7 +267,7 @@ def fastest(work: Any, repeats: int = 10) -> float:
     return min(times)
 
 
-def roofline(model: PreTrainedModel, cost: dict[str, Any], steps: int, peak: dict[str, float]) -> dict[str, Any]:
+def roofline(model: PreTrainedModel, cost: dict[str, Any], peak: dict[str, float]) -> dict[str, Any]:
     """The share of the machine's peak in decode steps of `step_cost`, for both arms.
 
     CPU, FLOPs: two for each weight of a linear layer (the head is one) and row, and of attention four for each head's
@@ -271,7 +276,7 @@ def roofline(model: PreTrainedModel, cost: dict[str, Any], steps: int, peak: dic
     """
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rows, groups, prompt, generated = cost["rows"], cost["rows"] // cost["width"], cost["prompt"], 1 + steps / 2
+    rows, groups, prompt, generated = cost["rows"], cost["rows"] // cost["width"], cost["prompt"], cost["generated"]
     shares = {}
     for arm in ARMS:
         weights = linear_weights(model, bridge=arm == "with_bridge")
@@ -300,11 +305,12 @@ def large_model(peak: dict[str, float]) -> dict[str, Any] | None:
         say("qwen2_1_5b: skipped, there is no CUDA device")
         return None
     model = qwen_1_5b().eval().requires_grad_(False)
-    plan = Plan((), (), step_rows=QWEN.max_rows, steps=64, pairs=3)
+    plan = Plan((), (), step_rows=QWEN.max_rows)
     cost = step_cost(model, plan, prompt=64)
     others = {name: OTHERS[name] for name in ("hf_generate_dynamic", "hf_generate_static")}
+    others["ours_with_graphs"] = partial(ours, cuda_graphs=True)
     scenario = run_scenario(model, QWEN, others)
-    return {**scenario, "step": cost, "roofline": roofline(model, cost, plan.steps, peak)}
+    return {**scenario, "step": cost, "roofline": roofline(model, cost, peak)}
 
 
 def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -365,7 +371,7 @@ def run_plan(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
         "machine_peak": peak,
         "scenarios": scenarios,
         "step": steps,
-        "roofline": [roofline(model, cost, plan.steps, peak) for cost in steps],
+        "roofline": [roofline(model, cost, peak) for cost in steps],
         "prefill": prefill,
         "cache": {"ratio": run["peak_cache_tokens"] / run["held_tokens_at_peak"]},
         "qwen2_1_5b": large_model(peak) if plan.large else None,

@@ -18,7 +18,7 @@ from bridge_rl.rollout.ending import Ending
 from bridge_rl.rollout.pages import PageTable
 from bridge_rl.rollout.request import Row
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens
-from bridge_rl.surgery import has_bridge
+from bridge_rl.surgery import find_state, has_bridge
 
 LOCKSTEP = "bridge_lockstep"
 AttentionInterface.register(LOCKSTEP, lockstep_attention)
@@ -47,6 +47,8 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, params: SamplingParams, ending: Ending) -> None:
         self.model, self.params, self.ending = model, params, ending
         self.has_bridge = has_bridge(model)
+        state = find_state(model) if self.has_bridge else None
+        self.siblings_listen = state is not None and state.enabled and state.config.kind == "bridge"
 
     def forget(self) -> None:
         """Drop what depends on the cache, which is about to be replaced."""

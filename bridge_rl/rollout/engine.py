@@ -254,9 +254,10 @@ class Rollout:
         self.let_go({row.number for row, before in rows if len(row.tokens) - before < len(pages)})
 
     def let_go(self, fed: set[int]) -> None:
-        """Free rows that have ended and were fed their last token, and groups in which nobody is left to see it."""
+        """Free rows that have ended and were fed their last token, or whose last token nobody would see."""
         open_groups = {row.group for row in self.running if not row.finish_reason}
-        gone = [row for row in self.running if row.number in fed or row.group not in open_groups]
+        seen = {row.number for row in self.running if row.finish_reason} if not self.decoder.siblings_listen else fed
+        gone = [row for row in self.running if row.number in seen or row.group not in open_groups]
         if gone:
             assert self.cache is not None
             numbers = {row.number for row in gone}

@@ -171,6 +171,16 @@ def test_a_finished_row_costs_nothing_more(bridged):
     assert sum(steps) <= tokens
 
 
+def test_without_a_bridge_no_last_token_is_fed():
+    model = make_bridged("llama")
+    with br.disable_bridge(model):
+        rollout = Rollout(model, PROMPTS, 4, PARAMS)
+        groups = rollout.run()
+        assert worst_difference(model, PROMPTS, groups) <= 1e-5
+    lengths = [len(row) for group in groups for row in group.tokens]
+    assert rollout.stats.row_steps == sum(lengths) - len(lengths)
+
+
 def test_rows_cut_at_the_limit_match_too(bridged):
     params = br.SamplingParams(max_new_tokens=6, seed=1, eos_token_id=[4, 5])
     groups = br.generate_groups(bridged, PROMPTS, 4, params)
