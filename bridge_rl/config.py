@@ -98,7 +98,8 @@ class RolloutSection:
 
     width: rows that think together (w). num_generations: completions of a prompt that share one baseline (G), a
     multiple of the width. mask_truncated: completions cut at the limit stay visible to their siblings and out of the
-    loss. max_rows: rows sampled at once, by default all of a rank's.
+    loss. max_rows: rows sampled at once, by default all of a rank's. max_cache_tokens: tokens whose keys and values are
+    held at once, by default as many as free memory holds. cuda_graphs: as in `RolloutOptions`.
     """
 
     width: int = 4
@@ -109,6 +110,8 @@ class RolloutSection:
     top_k: int = 0
     mask_truncated: bool = False
     max_rows: int | None = None
+    max_cache_tokens: int | None = None
+    cuda_graphs: bool = False
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
@@ -131,6 +134,11 @@ class RolloutSection:
         if self.max_rows is not None and self.max_rows < self.width:
             raise UserError(
                 f"rollout.max_rows is {self.max_rows}: it must hold a group of {self.width} (rollout.width)."
+            )
+        if self.max_cache_tokens is not None and self.max_cache_tokens <= self.width * self.max_new_tokens:
+            raise UserError(
+                f"rollout.max_cache_tokens is {self.max_cache_tokens}: it must hold a prompt and its group, of "
+                f"{self.width} (rollout.width) x {self.max_new_tokens} (rollout.max_new_tokens) tokens."
             )
 
 

@@ -238,10 +238,11 @@ def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, t
 
 
 def sampled_tokens(recipe: Recipe, batches: Batches, prompt: int) -> Iterator[int]:
-    """Tokens in the cache at once, at most: in a rollout or an evaluation."""
+    """Tokens in the cache at once, at most: in a rollout, where a prompt counts once a group, or an evaluation."""
     rollout, evaluation = recipe.rollout, recipe.evaluation
     rows = min(rollout.max_rows or 10**9, batches.groups_per_rank * rollout.width)
-    yield rows * (prompt + rollout.max_new_tokens)
+    tokens = rows * rollout.max_new_tokens + min(rows, batches.groups_per_rank) * prompt
+    yield min(tokens, rollout.max_cache_tokens or tokens)
     if recipe.data.eval is not None:
         rows = min(evaluation.max_rows or 10**9, PROBLEMS_PER_CALL * max(evaluation.samples, *evaluation.widths))
         yield rows * (prompt + (evaluation.max_new_tokens or rollout.max_new_tokens))

@@ -27,6 +27,7 @@ from bridge_rl.report import names
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tracking import start_tracking
+from bridge_rl.rollout import RolloutOptions
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
 
@@ -71,7 +72,11 @@ def train(recipe: Recipe) -> dict[str, float]:
             width=recipe.rollout.width,
             train=recipe.train,
             mask_truncated=recipe.rollout.mask_truncated,
-            max_rows=recipe.rollout.max_rows,
+            rollout_options=RolloutOptions(
+                max_rows=recipe.rollout.max_rows,
+                max_cache_tokens=recipe.rollout.max_cache_tokens,
+                cuda_graphs=recipe.rollout.cuda_graphs,
+            ),
             evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, rewards[0]),
             train_dataset=train_set,
             eval_dataset=eval_set,

@@ -26,7 +26,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
 from bridge_rl.report import names
-from bridge_rl.rollout import RolloutOptions, SamplingParams, generate_groups
+from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_safe
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
@@ -87,7 +87,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         width: int,
         train: Literal["bridge", "lora", "full"] = "bridge",
         mask_truncated: bool = False,
-        max_rows: int | None = None,
+        rollout_options: RolloutOptions | None = None,
         evaluator: Callable[["BridgeGRPOTrainer"], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -100,7 +100,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.width = width
         self.train_mode = train
         self.mask_truncated = mask_truncated
-        self.max_rows = max_rows
+        self.rollout_options = rollout_options
         self.evaluator = evaluator
         self._sampled_logps: Tensor | None = None
         if has_bridge(model):
@@ -268,8 +268,8 @@ def lockstep_rollout(prompts: list[Any], trainer: BridgeGRPOTrainer) -> dict[str
         eos_token_id=trainer.eos_token_ids,
     )
     with trainer.model_for_sampling() as model:
-        options = RolloutOptions(max_rows=trainer.max_rows)
-        groups = generate_groups(model, per_group, trainer.width, params, indices, options=options)
+        rollout = Rollout(model, per_group, trainer.width, params, indices, options=trainer.rollout_options)
+        groups = rollout.run()
 
     seconds = time.perf_counter() - start
     tokens = [row for group in groups for row in group.tokens]
@@ -278,6 +278,9 @@ def lockstep_rollout(prompts: list[Any], trainer: BridgeGRPOTrainer) -> dict[str
     trainer._log(names.ROLLOUT_SECONDS, seconds)
     trainer._log(names.ROLLOUT_TOKENS_PER_SECOND, sum(map(len, tokens)) / seconds)
     trainer._log(names.ROLLOUT_TRUNCATED, sum(cut) / len(cut))
+    trainer._log(names.ROLLOUT_ROWS_PER_STEP, rollout.stats.row_steps / max(1, rollout.stats.steps))
+    trainer._log(names.ROLLOUT_CACHE_TOKENS, rollout.stats.peak_cache_tokens)
+    trainer._log(names.ROLLOUT_PREEMPTED, rollout.stats.preempted)
     trainer._log_completion_extra("group", group_index)
     output: dict[str, list[Any]] = {
         "prompt_ids": prompt_ids,

@@ -144,6 +144,10 @@ OVERRIDES = {
     "greedy training": ("rollout.temperature=0", ["rollout.temperature is 0.0", "above 0"]),
     "top_p in the rollout": ("rollout.top_p=0.9", ["rollout.top_p is 0.9", "set top_p=1.0"]),
     "rows that hold no group": ("rollout.max_rows=2", ["rollout.max_rows is 2", "a group of 4"]),
+    "a cache that holds no group": (
+        "rollout.max_cache_tokens=9",
+        ["rollout.max_cache_tokens is 9", "must hold a prompt"],
+    ),
     "vLLM": ("training.use_vllm=true", ["training.use_vllm is True", "siblings"]),
     "masking of TRL": (
         "training.mask_truncated_completions=true",

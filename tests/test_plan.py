@@ -158,11 +158,20 @@ def test_memory_by_hand():
     assert memory.weights == 2 * total / 8  # bf16, ZeRO-3 over 8
     assert memory.gradients == 2 * total / 8
     assert memory.optimizer == 12 * total / 8
-    # 32 rows of 512 + 8192 tokens, keys and values of 8 heads of 128 in 32 layers, beside the gathered weights.
+    # In the evaluation at width 1, 32 rows of 512 + 8192 tokens, keys and values of 8 heads of 128 in 32 layers, beside
+    # the gathered weights.
     assert memory.kv_cache == 32 * 8704 * 2 * 2 * 32 * 8 * 128 + 2 * total
     assert memory.peak == memory.weights + memory.optimizer + max(
         memory.kv_cache, memory.gradients + memory.activations
     )
+
+
+def test_a_bounded_cache_is_planned_as_bounded():
+    path = RECIPES / "r1_distill_llama_8b.yaml"
+    options = [["data.eval=null", f"rollout.max_cache_tokens={n}"] for n in ("null", 100_000)]
+    free, bounded = (make_plan(load_recipe(path, overrides)) for overrides in options)
+    # 32 rows in at most 16 groups, each with one prompt.
+    assert free.memory.kv_cache - bounded.memory.kv_cache == (32 * 8192 + 16 * 512 - 100_000) * 2 * 2 * 32 * 8 * 128
 
 
 def test_weights_that_are_not_gathered_for_sampling_are_not_counted_there():

@@ -7,6 +7,7 @@ import torch
 
 from bridge_rl.group import sibling_bias
 from bridge_rl.rollout.cache import MASKED, Part, attend_pages, join
+from bridge_rl.rollout.packing import packed_weights
 from bridge_rl.rollout.pages import Pages, PageTable
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, invert_cdf
 
@@ -98,3 +99,26 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform):
     tokens, logprobs = draw_tokens(logits[None], torch.tensor([uniform]), SamplingParams(1))
     assert tokens.item() in (3, 140, 255)
     assert logprobs.item() == pytest.approx(logits.log_softmax(-1)[tokens].item(), abs=1e-6)
+
+
+def test_packed_weights_multiply_alike_and_are_gone_afterwards(monkeypatch):
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8, bias=False)).requires_grad_(False)
+    x = torch.randn(5, 1, 24)
+    expected = model(x)
+    with packed_weights(model):
+        assert len([layer for layer in model if "forward" in vars(layer)]) == 2
+        torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
+    model[1].weight.mul_(2)
+    torch.testing.assert_close(model(x), 2 * expected, atol=1e-6, rtol=1e-5)
+    with packed_weights(model):  # of what the weights are now
+        torch.testing.assert_close(model(x), 2 * expected, atol=1e-6, rtol=1e-5)
+
+
+def test_weights_that_do_not_fit_twice_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("bridge_rl.rollout.packing.MEMORY_SHARE", 0.0)
+    layer = torch.nn.Linear(24, 40)
+    with packed_weights(layer):
+        assert "forward" not in vars(layer)

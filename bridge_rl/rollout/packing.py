@@ -38,8 +38,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
 
 def packable(model: nn.Module) -> list[nn.Linear]:
-    """Plain linear layers whose whole fp32 weight is on CPU; none where torch comes without oneDNN."""
-    if not torch.backends.mkldnn.is_available():
+    """Plain linear layers whose whole fp32 weight is on CPU; none without oneDNN, or where autocast would cast them."""
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return []
     return [
         module

@@ -1,0 +1,30 @@
+"""The benchmark scripts run, on a tiny model; their figures are committed by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+def test_the_rollout_benchmark_measures_every_engine_and_bar(tmp_path):
+    output = tmp_path / "rollout.json"
+    command = [sys.executable, "benchmarks/rollout.py", "--quick", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(output.read_text())
+    engines = report["results"]["scenarios"]["long_tailed"]["engines"]
+    assert {"ours_with_bridge", "ours_without_bridge", "hf_generate_static", "generate_batch", "trl"} <= engines.keys()
+    assert {bar["name"][0] for bar in report["bars"]} == set("12345")
+    assert output.with_suffix(".png").stat().st_size > 0
+
+
+def test_quick_does_not_overwrite_the_committed_figures():
+    command = [sys.executable, "benchmarks/rollout.py", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--quick needs --output" in done.stderr
