@@ -1,7 +1,7 @@
 """Sampling groups: ours against what else samples from a Hugging Face model, on the same model, prompts and lengths.
 
 `python benchmarks/rollout.py` writes `benchmarks/results/rollout.json` and `docs/rollout.png`, on CUDA where there is
-one, else on CPU (half an hour on two cores). `--quick --output FILE` tries the script on a tiny model in seconds.
+one, else on CPU (three quarters of an hour on two cores). `--quick --output FILE` tries the script on a tiny model.
 
 The model is a random Llama of the shape of SmolLM2-135M (`block_cost.make_model`) with a Bridge, the lengths of all
 rows are fixed beforehand, and useful tokens per second count a row's own tokens only. Measured are:
