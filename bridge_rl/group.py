@@ -35,16 +35,27 @@ def alive_from_mask(attention_mask: Tensor, width: int) -> Tensor:
     return split_rows(attention_mask.bool(), width)
 
 
-def sibling_bias(group_of_row: Tensor, alive: Tensor) -> Tensor:
+def sibling_bias(circle_of_row: Tensor, alive: Tensor) -> Tensor:
     """The layout of one step over ragged groups, to add to attention scores: fp32 [R, R].
 
-    0 where row r (first dimension) sees row s: itself, and the rows of its group that are `alive` (bool [R]); else
-    -inf. `group_of_row`: int64 [R].
+    0 where row r (first dimension) sees row s: itself, and the rows of its circle that are `alive` (bool [R]); else
+    -inf. `circle_of_row`: int64 [R], equal for rows that hear each other, which are those of a group unless siblings
+    are exchanged (`exchanged_circles`).
     """
-    same = group_of_row[:, None] == group_of_row[None, :]
+    same = circle_of_row[:, None] == circle_of_row[None, :]
     itself = torch.eye(len(alive), dtype=torch.bool, device=alive.device)
     bias = torch.zeros(same.shape, device=alive.device)
     return bias.masked_fill_(~((same & alive) | itself), float("-inf"))
+
+
+def exchanged_circles(places: Sequence[int]) -> list[list[int]]:
+    """Circles of N groups of N rows that exchange their siblings: one list of N circles a group.
+
+    Each circle has one row of every group, so that all that a row hears is of other groups. It bears the number of one
+    of the groups' `places`, and a row hears as many rows as at home.
+    """
+    width = len(places)
+    return [[places[(row - group) % width] for row in range(width)] for group in range(width)]
 
 
 def repeat_for_rows(per_group: Sequence[Item], width: int) -> list[Item]:

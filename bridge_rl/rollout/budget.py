@@ -22,7 +22,7 @@ CUDA_SHARE, CPU_SHARE = 0.8, 0.5
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """Pages for rows and for prompts. `least_*`: what the largest single group needs; `visit`: columns a visit adds."""
+    """Pages for rows and for prompts. `least_*`: what the largest block needs alone; `visit`: columns a visit adds."""
 
     row_page: int
     prompt_page: int
@@ -37,6 +37,7 @@ class CacheBudget:
         cls,
         model: PreTrainedModel,
         groups: Sequence[Sequence[Row]],
+        blocks: Sequence[Sequence[int]],
         prompt_lengths: Sequence[int],
         max_rows: int,
         visit: int,
@@ -44,21 +45,21 @@ class CacheBudget:
     ) -> "CacheBudget":
         """What all rows could need, bounded by the options or by free memory.
 
-        Raises ValueError if that is less than a single group needs.
+        `blocks`: places of groups that run together. Raises ValueError if that is less than one of them needs.
         """
         limits = sorted((row.limit for group in groups for row in group), reverse=True)
         row_page = LONG_ROW_PAGE if limits and limits[0] > LONG else ROW_PAGE
         prompt_page = prompt_page_for(prompt_lengths)
         needs = [sum(pages_for(row.limit + visit, row_page) for row in group) for group in groups]
-        prompts = sorted((pages_for(length, prompt_page) for length in prompt_lengths), reverse=True)
+        prompts = [pages_for(length, prompt_page) for length in prompt_lengths]
         budget = cls(
             row_page=row_page,
             prompt_page=prompt_page,
             # One page more than a row can need, since admission leaves one free for each row that runs.
             num_row_pages=sum(pages_for(limit + visit, row_page) + 1 for limit in limits[:max_rows]),
-            num_prompt_pages=sum(prompts[:max_rows]),  # of each group one row may be left
-            least_row_pages=max(needs, default=0),
-            least_prompt_pages=max(prompts, default=0),
+            num_prompt_pages=sum(sorted(prompts, reverse=True)[:max_rows]),  # of each group one row may be left
+            least_row_pages=max((sum(needs[place] for place in block) for block in blocks), default=0),
+            least_prompt_pages=max((sum(prompts[place] for place in block) for block in blocks), default=0),
             visit=visit,
         )
         tokens = options.max_cache_tokens
@@ -73,8 +74,9 @@ class CacheBudget:
         least = self.least_row_pages * self.row_page + self.least_prompt_pages * self.prompt_page
         if tokens < least:
             raise UserError(
-                f"The cache has room for {tokens} tokens, and one group with its prompt can need {least}: raise "
-                "max_cache_tokens, free memory, or lower the width, max_new_tokens or the prompt."
+                f"The cache has room for {tokens} tokens, and one group with its prompt can need {least} (all groups "
+                "of a block, where siblings are exchanged): raise max_cache_tokens, free memory, or lower the width, "
+                "max_new_tokens or the prompt."
             )
         half = max(self.least_prompt_pages, tokens // 2 // self.prompt_page)
         prompts = min(self.num_prompt_pages, half)
@@ -85,7 +87,7 @@ class CacheBudget:
         return replace(self, num_row_pages=min(rows, self.num_row_pages), num_prompt_pages=prompts)
 
     def halved(self) -> "CacheBudget":
-        """Half the room, or that of one group."""
+        """Half the room, or that of one block."""
         rows = max(self.least_row_pages, self.num_row_pages // 2)
         return replace(
             self, num_row_pages=rows, num_prompt_pages=max(self.least_prompt_pages, self.num_prompt_pages // 2)

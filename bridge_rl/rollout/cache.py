@@ -21,11 +21,13 @@ MASKED = -1e30  # finite, so that a page of which nothing is seen gives no NaN
 class Layout:
     """Which rows run in a step, and how they share prompts. It changes when rows come, go, or need a page.
 
-    group_of_row: int64 [R], slot of its group; rows_of_group: int64 [G, N], those that are left, padded with the first;
-    place_of_row: int64 [R], where it stands in `rows_of_group`, flattened; prompt_lengths: int64 [G].
+    group_of_row: int64 [R], slot of its group; circle_of_row: int64 [R], equal for rows that hear each other;
+    rows_of_group: int64 [G, N], those that are left, padded with the first; place_of_row: int64 [R], where it stands in
+    `rows_of_group`, flattened; prompt_lengths: int64 [G].
     """
 
     group_of_row: Tensor
+    circle_of_row: Tensor
     place_of_row: Tensor
     rows_of_group: Tensor
     prompt_lengths: Tensor

@@ -106,7 +106,7 @@ class Decoder:
             past_key_values=cache,
             rollout_cache=cache,
             use_cache=True,
-            **siblings(self.has_bridge, sibling_bias(layout.group_of_row, visible)),
+            **siblings(self.has_bridge, sibling_bias(layout.circle_of_row, visible)),
         )
         return output.logits[:, -1]
 
@@ -135,6 +135,7 @@ def make_layout(rows: Sequence[Row], prompt_lengths: Sequence[int], cache: Paged
     widest = max(map(len, members))
     return Layout(
         group_of_row=torch.tensor([group for group, _ in places_in_group], device=device),
+        circle_of_row=torch.tensor([row.circle for row in rows], device=device),
         place_of_row=torch.tensor([group * widest + n for group, n in places_in_group], device=device),
         rows_of_group=torch.tensor([slots + slots[:1] * (widest - len(slots)) for slots in members], device=device),
         prompt_lengths=torch.tensor([prompt_lengths[place] for place in places], device=device),

@@ -8,7 +8,7 @@ Shapes: R rows running, N width, P prompt columns.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ from bridge_rl.rollout.ending import Ending
 from bridge_rl.rollout.graphs import FilledDecoder, GraphDecoder, spare_pages
 from bridge_rl.rollout.packing import packed_weights
 from bridge_rl.rollout.ranks import Ranks
-from bridge_rl.rollout.request import Group, RolloutOptions, RolloutStats, Row, make_rows
+from bridge_rl.rollout.request import Group, RolloutOptions, RolloutStats, Row, make_blocks, make_rows
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms
 
 # Prompts prefilled in one call are padded to the longest: those much shorter wait for the next call.
@@ -45,6 +45,7 @@ def generate_groups(
     options: RolloutOptions | None = None,
     expected_lengths: Sequence[float] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    exchange: Sequence[Sequence[int]] | None = None,
 ) -> list[Group]:
     """One group of `width` interdependent completions for each prompt, in the order of the prompts.
 
@@ -52,10 +53,13 @@ def generate_groups(
     `width`: of every group, or one a prompt. `indices`: the index of each group, by default its place in `prompt_ids`.
     `limits`: of each group's rows, where they are below `max_new_tokens`. `expected_lengths`: of each group's longest
     row; with them the longest are begun first, which leaves fewer rows alone at the end. `tokenizer`: for
-    `params.stop_strings`. Without Bridge blocks the rows are independent samples.
+    `params.stop_strings`. `exchange`: places of prompts in blocks of N, for groups of N rows: a row then hears, instead
+    of its siblings, one row of each other group of its block (`group.exchanged_circles`). Without Bridge blocks the
+    rows are independent samples.
     Raises ValueError for a request that cannot be served, also when one group alone does not fit into memory.
     """
-    return Rollout(model, prompt_ids, width, params, indices, limits, options, expected_lengths, tokenizer).run()
+    rollout = Rollout(model, prompt_ids, width, params, indices, limits, options, expected_lengths, tokenizer, exchange)
+    return rollout.run()
 
 
 @dataclass
@@ -86,29 +90,33 @@ class Rollout:
         options: RolloutOptions | None = None,
         expected_lengths: Sequence[float] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        exchange: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.model, self.prompt_ids, self.params = model, prompt_ids, params
         self.options = options or RolloutOptions()
         self.groups = make_rows(model, prompt_ids, width, params, indices, limits, expected_lengths)
+        self.blocks = make_blocks(self.groups, exchange)
+        self.block_of = {place: block for block in self.blocks for place in block}
         self.indices = range(len(prompt_ids)) if indices is None else indices
         self.prompt_lengths = list(map(len, prompt_ids))
         self.ending = Ending(model, params, tokenizer)
         self.ranks = Ranks(model)
         self.decoder = self._decoder(params)
         self.steps_per_visit = self._steps_per_visit()
-        self.waiting = list(range(len(self.groups)))  # places of groups
+        self.waiting = list(self.blocks)
         if expected_lengths is not None:
-            self.waiting.sort(key=lambda place: -expected_lengths[place])
+            self.waiting.sort(key=lambda block: -max(expected_lengths[place] for place in block))
         self.running: list[Row] = []  # row of each slot, those of a group side by side
+        self.ended: set[int] = set()  # places of groups whose last row has ended since they were last given out
         self.prefill: Prefill | None = None
         self.cache: PagedCache | None = None
         self.layout: Layout | None = None  # of the rows running, until they change
         self.stats = RolloutStats()
         self.prefill_tokens = self.options.prefill_tokens
-        widest = max((len(group) for group in self.groups), default=1)
-        self.max_rows = max(widest, self.options.max_rows or sum(map(len, self.groups)))
+        self.widest = max((sum(len(self.groups[place]) for place in block) for block in self.blocks), default=1)
+        self.max_rows = max(self.widest, self.options.max_rows or sum(map(len, self.groups)))
         self.budget = CacheBudget.of(
-            model, self.groups, self.prompt_lengths, self.max_rows, self.steps_per_visit, self.options
+            model, self.groups, self.blocks, self.prompt_lengths, self.max_rows, self.steps_per_visit, self.options
         )
 
     def _steps_per_visit(self) -> int:
@@ -125,22 +133,35 @@ class Rollout:
             )
         return GraphDecoder(self.model, params, self.ending)
 
-    @torch.no_grad()
     def run(self) -> list[Group]:
         """Every group, in the order of the prompts."""
+        made = dict(self.stream())
+        return [made[place] for place in range(len(self.groups))]
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[tuple[int, Group]]:
+        """Every group with its place, as soon as its last row has ended. To be read to the end."""
         started = time.monotonic()
+        given: set[int] = set()
         with sampling_mode(self.model), nullcontext() if self.ranks.together else packed_weights(self.model):
             while self.ranks.any_has_work(mine := self.has_work(started)):
                 if mine:
                     self.advance_or_shrink()
                 else:
                     self.ranks.idle_forward()
+                for place in sorted(self.ended - given):
+                    given.add(place)
+                    yield place, self.group_at(place)
+                self.ended.clear()
         for row in (row for group in self.groups for row in group):
             row.finish_reason = row.finish_reason or "abort"
-        return [
-            Group([row.tokens for row in group], [row.logprobs for row in group], [row.finish_reason for row in group])
-            for group in self.groups
-        ]
+        for place in range(len(self.groups)):
+            if place not in given:
+                yield place, self.group_at(place)
+
+    def group_at(self, place: int) -> Group:
+        rows = self.groups[place]
+        return Group([row.tokens for row in rows], [row.logprobs for row in rows], [row.finish_reason for row in rows])
 
     def has_work(self, started: float) -> bool:
         options = self.options
@@ -165,22 +186,25 @@ class Rollout:
     # Admission
 
     def next_prefill(self) -> Prefill | None:
-        """The next waiting groups that fit, of prompts of about one length; none: there is no room."""
-        fitting: list[int] = []
-        for place in self.waiting:
-            if not self.fits([*fitting, place]):
+        """The next waiting blocks that fit, of prompts of about one length; none: there is no room."""
+        fitting: list[tuple[int, ...]] = []
+        for block in self.waiting:
+            if not self.fits([*fitting, block]):
                 break
-            fitting.append(place)
+            fitting.append(block)
         if not fitting:
             return None
-        longest = max(self.prompt_lengths[place] for place in fitting)
-        alike = [place for place in fitting if self.prompt_lengths[place] >= SHORTEST_OF_LONGEST * longest]
-        places = alike[: max(1, self.prefill_tokens // longest)]
-        self.waiting = [place for place in self.waiting if place not in places]
+        longest_of = {block: max(self.prompt_lengths[place] for place in block) for block in fitting}
+        longest = max(longest_of.values())
+        alike = [block for block in fitting if longest_of[block] >= SHORTEST_OF_LONGEST * longest]
+        blocks = alike[: max(1, self.prefill_tokens // longest // len(alike[0]))]
+        self.waiting = [block for block in self.waiting if block not in blocks]
+        places = [place for block in blocks for place in block]
         return Prefill(places, *pad_left([self.prompt_ids[place] for place in places], 0, self.model.device))
 
-    def fits(self, places: list[int]) -> bool:
+    def fits(self, blocks: list[tuple[int, ...]]) -> bool:
         """Whether these groups can start beside what runs: rows, prompts, and a page to grow for each row."""
+        places = [place for block in blocks for place in block]
         new_rows = sum(len(self.groups[place]) for place in places)
         if len(self.running) + new_rows > self.max_rows:
             return False
@@ -190,7 +214,7 @@ class Rollout:
             rows_used, prompts_used = self.cache.rows.used, self.cache.prompts.used
         prompts = prompts_used + sum(self.budget.prompt_pages(self.prompt_lengths[place]) for place in places)
         rows = rows_used + len(self.running) + new_rows * self.budget.pages_per_visit
-        alone = not self.running and len(places) == 1  # fits: the budget was made for it
+        alone = not self.running and len(blocks) == 1  # fits: the budget was made for it
         return alone or (prompts <= self.budget.num_prompt_pages and rows <= self.budget.num_row_pages)
 
     def prefill_chunk(self, prefill: Prefill) -> None:
@@ -255,15 +279,17 @@ class Rollout:
 
     def let_go(self, fed: set[int]) -> None:
         """Free rows that have ended and were fed their last token, or whose last token nobody would see."""
-        open_groups = {row.group for row in self.running if not row.finish_reason}
+        open_circles = {row.circle for row in self.running if not row.finish_reason}
         seen = {row.number for row in self.running if row.finish_reason} if not self.decoder.siblings_listen else fed
-        gone = [row for row in self.running if row.number in seen or row.group not in open_groups]
+        gone = [row for row in self.running if row.number in seen or row.circle not in open_circles]
         if gone:
             assert self.cache is not None
             numbers = {row.number for row in gone}
             self.running = [row for row in self.running if row.number not in numbers]
             self.cache.rows.release(sorted(numbers))
-            self.cache.prompts.release(sorted({row.group for row in gone} - open_groups))
+            left = {row.group for row in gone} - {row.group for row in self.running}
+            self.cache.prompts.release(sorted(left))
+            self.ended |= left
             self.layout = None
 
     # Memory
@@ -288,13 +314,13 @@ class Rollout:
         return len(row.tokens) - 1 + steps
 
     def preempt_youngest(self) -> None:
-        """Take back the cache of the group admitted last: it starts again later, with the same draws."""
+        """Take back the cache of the block admitted last: it starts again later, with the same draws."""
         assert self.cache is not None
-        place = self.running[-1].group
-        self.restart([place])
+        self.restart([self.block_of[self.running[-1].group]])
         self.stats.preempted += 1
 
-    def restart(self, places: list[int]) -> None:
+    def restart(self, blocks: list[tuple[int, ...]]) -> None:
+        places = {place for block in blocks for place in block}
         self.running = [row for row in self.running if row.group not in places]
         for place in places:
             for row in self.groups[place]:
@@ -302,7 +328,7 @@ class Rollout:
             if self.cache is not None:
                 self.cache.rows.release([row.number for row in self.groups[place]])
                 self.cache.prompts.release([place])
-        self.waiting = [*places, *self.waiting]
+        self.waiting = [*blocks, *self.waiting]
         self.layout = None
 
     def advance_or_shrink(self) -> None:
@@ -317,20 +343,19 @@ class Rollout:
         self.shrink()
 
     def shrink(self) -> None:
-        places = list(dict.fromkeys(row.group for row in self.running))
-        places += [] if self.prefill is None else self.prefill.places
+        places = [row.group for row in self.running] + ([] if self.prefill is None else self.prefill.places)
         rows, tokens = len(self.running), self.budget.tokens
         self.prefill = None
         self.cache = None
         self.decoder.forget()
-        self.restart(places)
+        self.restart(list(dict.fromkeys(self.block_of[place] for place in places)))
         clear_device_cache(garbage_collection=True)
-        widest = max(map(len, self.groups))
-        if self.max_rows == widest and self.prefill_tokens == 1:
+        if self.max_rows == self.widest and self.prefill_tokens == 1:
             raise UserError(
-                f"Out of memory with one group of {widest} rows at once: lower the width, max_new_tokens or the prompt."
+                f"Out of memory with one group of {self.widest} rows at once: lower the width, max_new_tokens or the "
+                "prompt."
             )
-        self.max_rows = max(widest, min(self.max_rows, rows or self.max_rows) // 2)
+        self.max_rows = max(self.widest, min(self.max_rows, rows or self.max_rows) // 2)
         self.prefill_tokens = max(1, self.prefill_tokens // 2)
         self.budget = self.budget.halved()
         self.stats.shrunk += 1

@@ -61,6 +61,7 @@ def fill_layout(layout: Layout, sizes: Sizes) -> Layout:
     rows, groups = len(layout.group_of_row), len(layout.prompt_lengths)
     return Layout(
         group_of_row=_filled(layout.group_of_row, sizes.rows, sizes.groups - 1),
+        circle_of_row=_filled(layout.circle_of_row, sizes.rows, -1),
         place_of_row=_filled(layout.place_of_row, sizes.rows, (sizes.groups - 1) * layout.rows_of_group.shape[1]),
         rows_of_group=F.pad(layout.rows_of_group, (0, 0, 0, sizes.groups - groups), value=rows),
         prompt_lengths=_filled(layout.prompt_lengths, sizes.groups, 0),

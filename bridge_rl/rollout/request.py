@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bridge_rl.errors import UserError
+from bridge_rl.group import exchanged_circles
 from bridge_rl.rollout.sampling import SamplingParams
 from bridge_rl.surgery import SERVED_FAMILIES, has_bridge
 
@@ -81,6 +82,7 @@ class Row:
 
     number: int  # among all rows of the rollout
     group: int  # place of its prompt
+    circle: int  # rows of one circle hear each other; that of a group is its place, unless siblings are exchanged
     limit: int  # of its tokens
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -136,4 +138,25 @@ def make_rows(
         if values is not None and len(values) != len(prompt_ids):
             raise UserError(f"{name} has {len(values)} entries for {len(prompt_ids)} prompts: give one a prompt.")
     numbers = iter(range(sum(widths)))
-    return [[Row(next(numbers), place, limit) for limit in group] for place, group in enumerate(limits)]
+    return [[Row(next(numbers), place, place, limit) for limit in group] for place, group in enumerate(limits)]
+
+
+def make_blocks(groups: list[list[Row]], exchange: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
+    """Places of groups that start together: each alone, or those of `exchange`, whose rows then hear each other.
+
+    Raises ValueError unless `exchange` names every place once, in blocks of as many groups as each has rows.
+    """
+    if exchange is None:
+        return [(place,) for place in range(len(groups))]
+    if sorted(place for block in exchange for place in block) != list(range(len(groups))):
+        raise UserError(f"exchange must name each of the {len(groups)} prompts once.")
+    for block in exchange:
+        widths = {len(groups[place]) for place in block}
+        if widths != {len(block)}:
+            raise UserError(
+                f"exchange has a block of {len(block)} groups of widths {sorted(widths)}: all must be equal."
+            )
+        for place, circles in zip(block, exchanged_circles(block), strict=True):
+            for row, circle in zip(groups[place], circles, strict=True):
+                row.circle = circle
+    return [tuple(block) for block in exchange]
