@@ -88,16 +88,30 @@ class BridgeBlock(nn.Module):
 
     def _mix_groups(self, qkv: Tensor, alive: Tensor) -> Tensor:
         """`qkv` [B, T, 3*H*K], `alive` bool [G, N, T] -> [B, T, H*K]."""
-        width = alive.shape[1]
+        q, k, v = self._heads(qkv, alive.shape[1])
+        mixed = self._weights(q, k, alive).to(v.dtype) @ v  # [G, T, H, N, K]
+        return merge_rows(mixed.permute(0, 3, 1, 2, 4)).flatten(-2)
+
+    def _heads(self, qkv: Tensor, width: int) -> tuple[Tensor, ...]:
+        """`qkv` [B, T, 3*H*K] -> queries, keys and values, each [G, T, H, N, K]."""
         heads = split_rows(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), width)
-        q, k, v = heads.permute(3, 0, 2, 4, 1, 5)  # each [G, T, H, N, K]
+        return heads.permute(3, 0, 2, 4, 1, 5).unbind(0)
+
+    def _weights(self, q: Tensor, k: Tensor, alive: Tensor) -> Tensor:
+        """Softmax over the rows that each row sees, fp32 [G, T, H, N, N]."""
         scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # [G, T, H, N, N]
         # A row that is not alive sees itself, so that its unused output stays finite.
-        itself = torch.eye(width, dtype=torch.bool, device=qkv.device)
+        itself = torch.eye(alive.shape[1], dtype=torch.bool, device=q.device)
         visible = alive.permute(0, 2, 1)[:, :, None, None, :] | itself
-        weights = scores.float().masked_fill(~visible, float("-inf")).softmax(dim=-1)
-        mixed = weights.to(v.dtype) @ v  # [G, T, H, N, K]
-        return merge_rows(mixed.permute(0, 3, 1, 2, 4)).flatten(-2)
+        return scores.float().masked_fill(~visible, float("-inf")).softmax(dim=-1)
+
+    def attention_weights(self, x: Tensor, alive: Tensor) -> Tensor:
+        """What `forward` weighs with: `x` [B, T, D], `alive` bool [G, N, T] -> fp32 [G, T, H, N, N].
+
+        The last dimension is over the rows attended to; it sums to 1.
+        """
+        q, k, _ = self._heads(self.qkv_proj(self.norm(x.to(self.norm.weight.dtype))), alive.shape[1])
+        return self._weights(q, k, alive)
 
     def _mix_one_step(self, qkv: Tensor, bias: Tensor) -> Tensor:
         """`qkv` [B, 1, 3*H*K] over ragged groups, `bias` [B, B] -> [B, 1, H*K]: no loop over groups."""

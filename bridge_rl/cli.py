@@ -1,4 +1,4 @@
-"""`bridge-rl`: train | warmup | eval | generate | serve | demo | doctor."""
+"""`bridge-rl`: train | warmup | eval | report | generate | serve | lm-eval | demo | doctor."""
 
 import argparse
 import os
@@ -11,28 +11,15 @@ from bridge_rl.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["lm-eval"]:  # the rest is a command line of its own
+        run_command(lambda: run_lm_eval(argv[1:]))
+        return
     parser = argparse.ArgumentParser(prog="bridge-rl", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, description in (("train", "a whole run from a recipe"), ("warmup", "only its warm-up")):
         add_recipe_arguments(commands.add_parser(name, help=description))
-    evaluate = commands.add_parser("eval", help="sample a suite at several widths")
-    evaluate.add_argument("--model", required=True, help="checkpoint with a Bridge, or any causal LM")
-    evaluate.add_argument("--suite", default="tiny", help="tiny, or a .jsonl/.parquet file with problem and answer")
-    evaluate.add_argument("--widths", default="1,2,4,8", help="widths, such as 1,2,4,8")
-    evaluate.add_argument("--samples", type=int, default=8, help="completions a problem at each width")
-    evaluate.add_argument("--problems", type=int, default=256, help="at most so many problems")
-    evaluate.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's recipe, else 1024")
-    evaluate.add_argument("--temperature", type=float, default=None, help="default: the run's recipe, else 1")
-    evaluate.add_argument("--top-p", type=float, default=None, help="default: the run's recipe, else 1")
-    evaluate.add_argument("--reward", default=None, help="FILE:FUNCTION; default: the run's first, else math")
-    evaluate.add_argument("--max-rows", type=int, default=64, help="rows sampled at once")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument(
-        "--output",
-        type=Path,
-        default=None,
-        help="default: MODEL/eval/SUITE",
-    )
+    add_eval_arguments(commands.add_parser("eval", help="sample suites at several widths, with controls and reports"))
     generate = commands.add_parser("generate", help="one group of completions for a prompt")
     generate.add_argument("--model", required=True)
     generate.add_argument("--width", type=int, default=4)
@@ -48,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve.add_argument("--max-width", type=int, default=16, help="limit of a request's n")
     demo = commands.add_parser("demo", help="warm-up, RLVR and evaluation of the embedded model")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+    add_report_arguments(commands.add_parser("report", help="page, plots and tables of evaluations; W&B dashboards"))
+    commands.add_parser("lm-eval", help="lm-evaluation-harness's own command line, with the model `bridge`")
     commands.add_parser("doctor", help="what is installed and what this machine can do")
     args, rest = parser.parse_known_args(argv)
     if any(extra.startswith("-") for extra in rest) or (rest and "overrides" not in args):
@@ -68,6 +57,10 @@ def dispatch(args: argparse.Namespace) -> None:
         from bridge_rl.evaluation.command import generate
 
         generate(args)
+    elif args.command == "report":
+        from bridge_rl.report.command import report
+
+        report(args)
     elif args.command == "serve":
         from bridge_rl.serve import serve
 
@@ -82,10 +75,45 @@ def dispatch(args: argparse.Namespace) -> None:
         doctor()
 
 
+def run_lm_eval(arguments: Sequence[str]) -> None:
+    from bridge_rl.harness import main as lm_eval
+
+    lm_eval(list(arguments))
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="YAML recipe")
     parser.add_argument("overrides", nargs="*", help="key=value, such as rollout.width=8")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop: no weights loaded")
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="checkpoint with a Bridge, or any causal LM")
+    suites = "with commas between: math500, aime24, math (the paper's seven), rg:TASK, a file, ..."
+    parser.add_argument("--suite", default="tiny", help=suites)
+    parser.add_argument("--widths", default="1,2,4,8", help="widths, such as 1,2,4,8")
+    parser.add_argument("--samples", type=int, default=8, help="completions a problem at each width")
+    parser.add_argument("--controls", action="store_true", help="also width 1, Bridge disabled, shuffled siblings")
+    parser.add_argument("--probes", action="store_true", help="also watch what the blocks do")
+    parser.add_argument("--probe-rows", type=int, default=64, help="wrong rows that --probes tries with other siblings")
+    parser.add_argument("--aggregate", default=None, help="FILE:FUNCTION that makes one answer of a group")
+    parser.add_argument("--problems", type=int, default=None, help="at most so many problems")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's recipe, else the suite's")
+    parser.add_argument("--lengths", default=None, help="limits judged besides, such as 512,1024; default: four")
+    parser.add_argument("--temperature", type=float, default=None, help="default: the run's recipe, else 1")
+    parser.add_argument("--top-p", type=float, default=None, help="default: the run's recipe, else 1")
+    parser.add_argument("--reward", default=None, help="FILE:FUNCTION; default: the suite's; of a file the run's first")
+    parser.add_argument("--max-rows", type=int, default=64, help="rows sampled at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=None, help="default: MODEL/eval/SUITE")
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", nargs="*", type=Path, metavar="DIR", help="what bridge-rl eval wrote")
+    parser.add_argument("--run", type=Path, default=None, help="training run for its curves; default: the model's")
+    parser.add_argument("--wandb", default=None, metavar="PROJECT", help="save a dashboard for this W&B project")
+    parser.add_argument("--entity", default=None, help="whose W&B project; default: the key's")
+    parser.add_argument("--dry-run", action="store_true", help="write the W&B dashboard to a file, send nothing")
 
 
 def run_recipe(args: argparse.Namespace) -> None:

@@ -13,17 +13,22 @@ import pyarrow.parquet
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from bridge_rl.config import DataSection, DataSource
 from bridge_rl.errors import UserError
 
 FILE_FORMATS = (".jsonl", ".json", ".parquet")
+HUB_TIMEOUT_S = 10.0
+# Whatever keeps a request from being answered: httpx's error, or httpx2's, as huggingface_hub goes.
+HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any]]:
     """Rows with `problem` and `answer`, both strings. `key` is the source's place in the recipe, for errors.
 
+    Rows that a function makes keep their other columns, which rewards get by name; those of files and the hub do not.
     Raises UserError naming the source and, for an answer that is missing or that math-verify cannot read, the row.
     """
     rows = _read(source, key)
@@ -42,7 +47,8 @@ def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any
         answer = _answer(rows[number].get(source.answer_column), source, key, number)
         if not isinstance(problem, str) or not problem.strip():
             raise UserError(f"{key}: row {number} of {source.path} has an empty '{source.problem_column}'.")
-        problems.append({"problem": problem, "answer": answer})
+        others = _other_columns(rows[number], source) if is_function(source.path) else {}
+        problems.append({"problem": problem, "answer": answer, **others})
     return _readable(problems, order, source, key) if source.check_answers else problems
 
 
@@ -59,20 +65,87 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
             raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {_first_line(error)}.") from error
     if path.is_file():
         raise UserError(f"{key}.path: {path} is no {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file.")
-    if ":" in source.path:
+    if is_function(source.path):
         function = import_function(source.path, f"{key}.path")
         try:
             inspect.signature(function).bind(**source.kwargs)
         except TypeError as error:
             raise UserError(f"{key}.kwargs: {source.path} cannot be called with {source.kwargs} ({error}).") from error
         return list(function(**source.kwargs))
+    folder = source.path if path.is_dir() else _hub_snapshot(source, key)
     try:
-        return load_dataset(source.path, source.name, split=source.split, revision=source.revision).to_list()
-    except (OSError, ValueError, HfHubHTTPError, DatasetsError) as error:
+        return load_dataset(str(folder), source.name, split=source.split).to_list()
+    except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
-            f"{key}.path: the data set {source.path} cannot be loaded ({_first_line(error)}): check its name, or "
-            f"fetch it where there is a network: huggingface-cli download --repo-type dataset {source.path}"
+            f"{key}.path: the data set {source.path} cannot be loaded ({_first_line(error)}): check its name and split."
         ) from error
+
+
+def is_function(path: str) -> bool:
+    """Whether a source's path is `package.module:function`."""
+    return ":" in path and not path.endswith(FILE_FORMATS)
+
+
+def _other_columns(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+    taken = {source.problem_column, source.answer_column, "problem", "answer"}
+    return {column: value for column, value in row.items() if column not in taken}
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def _hub_snapshot(source: DataSource, key: str) -> Path:
+    """The directory of a hub set at its revision, fetched if need be; its name is the commit.
+
+    Not `load_dataset` by name: without a network that takes what was loaded last, at whatever revision, and does not
+    see what `hf download` has fetched. A commit that is here is taken as it is; a missing network shows within
+    HUB_TIMEOUT_S, as looking up a commit is not tried again. Raises UserError with the command that fetches.
+    """
+    if is_commit(source.revision) and (folder := _cached_snapshot(source)) is not None:
+        return folder
+    try:
+        HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_TIMEOUT_S)
+        return Path(snapshot_download(source.path, repo_type="dataset", revision=source.revision))
+    except (HTTPError, OSError, ValueError) as error:
+        if (folder := _cached_snapshot(source)) is not None:
+            return folder
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error).rstrip(".")
+        raise UserError(
+            f"{key}.path: the data set {source.path} is not in the cache of this machine and the hub does not give it "
+            f"({reason}): check its name, or run `{fetch_command(source)}` where there is a network and "
+            "bring the cache here (the folder HF_HOME, ~/.cache/huggingface by default)."
+        ) from error
+
+
+def fetch_command(source: DataSource) -> str:
+    """What fetches a hub set into the cache, to be used without a network."""
+    revision = f" --revision {source.revision}" if source.revision else ""
+    return f"hf download --repo-type dataset {source.path}{revision}"
+
+
+def hub_commit(source: DataSource) -> str | None:
+    """The commit of a hub set as it was loaded; None for files and functions, and for what is not in the cache.
+
+    Asks no network. For a source without a pinned revision this is what makes an evaluation repeatable.
+    """
+    if is_function(source.path) or source.path.endswith(FILE_FORMATS) or Path(source.path).is_dir():
+        return None
+    folder = _cached_snapshot(source)
+    return None if folder is None else folder.name
+
+
+def is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def _cached_snapshot(source: DataSource) -> Path | None:
+    """None too for one that was fetched in part."""
+    try:
+        return Path(
+            snapshot_download(source.path, repo_type="dataset", revision=source.revision, local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, ValueError):
+        return None
 
 
 def _read_file(path: Path, key: str) -> list[dict[str, Any]]:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from bridge_rl.config import Recipe, load_recipe
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.metrics import Estimate
-from bridge_rl.evaluation.run import WidthReport, aggregate, as_table, num_completions, sample_groups
-from bridge_rl.models import find_file, load_model, load_reward, load_tokenizer
+from bridge_rl.evaluation.analyse import analyse
+from bridge_rl.evaluation.judge import Judge
+from bridge_rl.evaluation.results import Summary, read_results
+from bridge_rl.evaluation.run import num_completions, plan_evaluation
+from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.models import find_file, load_model, load_tokenizer
 from bridge_rl.plan import check, describe
 from bridge_rl.report.plots import plot_widths
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
+from bridge_rl.report.tables import as_table
 from bridge_rl.run import load_eval_prompts, train
 
 # Made by `bridge-rl train recipes/tiny_arith_rlvr_only.yaml`: the same steps take as long as the demo itself.
@@ -31,16 +35,16 @@ def demo(output: Path) -> None:
     recipe = load_recipe(recipe_path, [f"output_dir={directory}", "logging.wandb=offline"])
     print(describe(recipe, check(recipe)), flush=True)
 
-    base = evaluate_base(recipe)
+    base = evaluate_base(recipe, directory / "base")
     train(recipe)
     results = sorted((directory / "evaluation").glob("step_*/results.json"))[-1]
     arms = {
         "base": base,
-        "RLVR only (shipped figures)": read_reports(SHIPPED),
-        "Bridge": read_reports(results),
+        "RLVR only (shipped figures)": read_results(SHIPPED).summaries,
+        "Bridge": read_results(results).summaries,
     }
-    for name, reports in arms.items():
-        print(f"\n{name}\n{as_table(reports)}")
+    for name, summaries in arms.items():
+        print(f"\n{name}\n{as_table(summaries)}")
     plot_widths(arms, directory / "widths.png")
     minutes = (time.perf_counter() - start) / 60
     content = {**provenance(), "minutes": minutes, "arms": {n: [asdict(r) for r in rs] for n, rs in arms.items()}}
@@ -56,26 +60,13 @@ def unused(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def evaluate_base(recipe: Recipe) -> list[WidthReport]:
-    """The base at the recipe's widths; its rows are independent, so only `any` and `all` depend on the width."""
+def evaluate_base(recipe: Recipe, directory: Path) -> list[Summary]:
+    """The base at the recipe's widths; its rows are independent, so only what is said of sets depends on the width."""
     model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
     prompts = load_eval_prompts(recipe, tokenizer)
     assert prompts is not None  # the embedded recipe has held-out problems
-    rows, reward = prompts.to_list(), load_reward(recipe.rewards[0], 0)
-    section, limit = recipe.evaluation, recipe.rollout.max_new_tokens
-    with Bar("base", num_completions(section, len(rows))) as bar:
-        groups = list(sample_groups(model, tokenizer, rows, reward, section, limit, recipe.seed, progress=bar.update))
-    return aggregate(groups)
-
-
-def read_reports(path: Path) -> list[WidthReport]:
-    """The reports in a `results.json`."""
-    return [
-        WidthReport(
-            width=report["width"],
-            problems=report["problems"],
-            groups_per_problem=report["groups_per_problem"],
-            metrics={name: Estimate(**estimate) for name, estimate in report["metrics"].items()},
-        )
-        for report in json.loads(path.read_text())["widths"]
-    ]
+    rows, judge = prompts.to_list(), Judge.of(recipe.rewards[0])
+    section, limit, store = recipe.evaluation, recipe.rollout.max_new_tokens, SampleStore(directory / "samples")
+    evaluation = plan_evaluation(model, tokenizer, rows, judge, section, limit, recipe.seed, store)
+    with Bar("base", num_completions(evaluation.shares())) as bar:
+        return analyse(evaluation.run(bar.update), section.widths, listening=False, meta={}).summaries

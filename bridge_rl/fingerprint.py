@@ -1,4 +1,4 @@
-"""Tell one base model from another, so that a Bridge is not put into the wrong one."""
+"""Tell one model from another: so that a Bridge is not put into the wrong base, nor samples of two models mixed."""
 
 import hashlib
 import json
@@ -16,9 +16,16 @@ def fingerprint(model: nn.Module) -> str:
 
     A model on the meta device has no weights: its fingerprint covers names and shapes, and says so.
     """
-    weights = {
-        _plain_name(name): p for name, p in model.named_parameters() if ".bridge." not in name and "lora_" not in name
-    }
+    weights = {name: p for name, p in model.named_parameters() if ".bridge." not in name and "lora_" not in name}
+    return _digest({_plain_name(name): p for name, p in weights.items()}, torch.bfloat16)
+
+
+def whole_fingerprint(model: nn.Module) -> str:
+    """The same of every weight, those of a Bridge or LoRA too, in fp32: a small step of training changes it."""
+    return _digest(dict(model.named_parameters()), torch.float32)
+
+
+def _digest(weights: dict[str, nn.Parameter], dtype: torch.dtype) -> str:
     names = sorted(weights)
     # Under ZeRO-3 a parameter's own shape is empty; `ds_shape` is the whole one's.
     shapes = {name: list(getattr(weights[name], "ds_shape", weights[name].shape)) for name in names}
@@ -29,8 +36,8 @@ def fingerprint(model: nn.Module) -> str:
         parameter = weights[name]
         with _gathered(parameter):
             flat = parameter.detach().flatten()
-            sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+            sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to("cpu", dtype).contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

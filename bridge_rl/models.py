@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial, update_wrapper
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.data import import_function
 from bridge_rl.errors import UserError
 from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state, has_bridge
+from bridge_rl.verify.answer import comparable_answer
 
 PACKAGE = "package://"
 GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -118,7 +120,7 @@ def _cannot_load(section: ModelSection, path: str, error: Exception) -> UserErro
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     cure = "check what is in it."
     if not Path(path).exists():
-        cure = f"check the name, or fetch it where there is a network: huggingface-cli download {path}"
+        cure = f"check the name, or fetch it where there is a network: hf download {path}"
     return UserError(f"model.path: {name} cannot be loaded ({reason}): {cure}")
 
 
@@ -151,34 +153,53 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
 
 def load_reward(section: RewardSection, number: int) -> Callable[..., Any]:
     """The reward function that a recipe names, its fixed keyword arguments bound. Raises UserError if there is none."""
-    key = f"rewards.{number}.function"
-    path, _, name = section.function.partition(":")
-    if not name:
-        raise UserError(f"{key}: '{section.function}' names no function: write rewards/answer.py:correct.")
-    if path.endswith(".py"):
-        file = find_file(path)
-        if file is None:
-            raise UserError(f"{key}: there is no file {path}.")
-        # As a module of its own: a file called after a real module must not shadow it.
-        spec = importlib.util.spec_from_file_location(f"bridge_rl_reward_{file.stem}", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # whatever the user's own file raises
-            raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {error}).") from error
-        function = getattr(module, name, None)
-        if function is None:
-            raise UserError(f"{key}: {path} has no function '{name}'.")
-    else:
-        function = import_function(section.function, key)
-    if not callable(function):
-        raise UserError(f"{key}: '{section.function}' is a {type(function).__name__}, no function.")
+    function = load_function(section.function, f"rewards.{number}.function")
     for name in section.kwargs:
         if name in GIVEN_TO_REWARDS:
             raise UserError(f"rewards.{number}.kwargs.{name}: the trainer gives '{name}' itself, name it otherwise.")
     return counted(function, section)
+
+
+def load_final_answer(section: RewardSection) -> Callable[[str], str | None]:
+    """What finds the answer in a completion for majority votes: `final_answer` beside the reward function.
+
+    It returns the answer in a form in which equal answers are equal strings, None where there is none. A file without
+    one gets that of `rewards/answer.py`. Raises UserError as `load_reward`.
+    """
+    function = load_function(section.function, "rewards.0.function")
+    return getattr(inspect.unwrap(function), "__globals__", {}).get("final_answer", comparable_answer)
+
+
+def load_function(named: str, key: str) -> Callable[..., Any]:
+    """The function at `FILE.py:NAME` or `package.module:NAME`. Raises UserError, naming `key`, if there is none."""
+    path, _, name = named.partition(":")
+    if not name:
+        raise UserError(f"{key}: '{named}' names no function: write rewards/answer.py:correct.")
+    if path.endswith(".py"):
+        function = getattr(_load_file(path, key), name, None)
+        if function is None:
+            raise UserError(f"{key}: {path} has no function '{name}'.")
+    else:
+        function = import_function(named, key)
+    if not callable(function):
+        raise UserError(f"{key}: '{named}' is a {type(function).__name__}, no function.")
+    return function
+
+
+def _load_file(path: str, key: str) -> ModuleType:
+    """A file as a module of its own: one called after a real module must not shadow it."""
+    file = find_file(path)
+    if file is None:
+        raise UserError(f"{key}: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"bridge_rl_file_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's own file raises
+        raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {error}).") from error
+    return module
 
 
 def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..., Any]:

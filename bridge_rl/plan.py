@@ -19,7 +19,6 @@ from bridge_rl.checkpoint import is_bridge_checkpoint
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import FILE_FORMATS, import_function
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import PROBLEMS_PER_CALL
 from bridge_rl.models import load_reward, model_config, resolve_path
 from bridge_rl.presets import preset_config
 from bridge_rl.safety import conflicts
@@ -244,7 +243,7 @@ def sampled_tokens(recipe: Recipe, batches: Batches, prompt: int) -> Iterator[in
     tokens = rows * rollout.max_new_tokens + min(rows, batches.groups_per_rank) * prompt
     yield min(tokens, rollout.max_cache_tokens or tokens)
     if recipe.data.eval is not None:
-        rows = min(evaluation.max_rows or 10**9, PROBLEMS_PER_CALL * max(evaluation.samples, *evaluation.widths))
+        rows = min(evaluation.max_rows or 10**9, evaluation.problems * max(evaluation.samples, *evaluation.widths))
         yield rows * (prompt + (evaluation.max_new_tokens or rollout.max_new_tokens))
 
 

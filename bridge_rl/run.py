@@ -2,16 +2,15 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainingArguments
@@ -21,11 +20,23 @@ from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import SampledGroup, aggregate, as_table, num_completions, sample_groups, write_results
-from bridge_rl.models import find_file, load_policy, load_reward, load_tokenizer, uses_deepspeed
+from bridge_rl.evaluation.analyse import analyse
+from bridge_rl.evaluation.judge import Judge
+from bridge_rl.evaluation.results import write_results
+from bridge_rl.evaluation.run import PATIENCE, listens, num_completions, plan_evaluation
+from bridge_rl.evaluation.samples import SampleStore, write_for_readers
+from bridge_rl.models import (
+    find_file,
+    load_final_answer,
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    uses_deepspeed,
+)
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.results import provenance
+from bridge_rl.report.tables import as_table
 from bridge_rl.report.tracking import start_tracking
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.trainer import BridgeGRPOTrainer
@@ -35,8 +46,6 @@ from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, us
 PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
 DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens")
 DECIDES_RUN = (*PROBLEMS, "train", "rollout")
-# How long ranks wait for one that samples longer.
-PATIENCE = timedelta(hours=2)
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -52,6 +61,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     start_tracking(recipe)
     tokenizer = load_tokenizer(recipe.model)
     rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
+    judge = Judge(rewards[0], load_final_answer(recipe.rewards[0]))
     train_set = load_prompts(recipe, recipe.data.train, "data.train", tokenizer)
     if len(train_set) * args.num_generations < args.generation_batch_size:
         raise UserError(
@@ -77,7 +87,7 @@ def train(recipe: Recipe) -> dict[str, float]:
                 max_cache_tokens=recipe.rollout.max_cache_tokens,
                 cuda_graphs=recipe.rollout.cuda_graphs,
             ),
-            evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, rewards[0]),
+            evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge),
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
@@ -119,7 +129,7 @@ def warm_up(recipe: Recipe) -> None:
             "accelerate launch launch/warmup.py with the same recipe and overrides."
         )
     tokenizer = load_tokenizer(recipe.model)
-    reward = load_reward(recipe.rewards[0], 0)
+    judge = Judge.of(recipe.rewards[0])
     model = load_policy(replace(recipe, train="bridge")).to(state.device)  # the base stays in its own dtype
     if (directory / "recipe.yaml").is_file():  # a warm-up that was cut off: its completions are good for the same one
         check_same_recipe(recipe, directory, DECIDES_WARMUP)
@@ -135,7 +145,7 @@ def warm_up(recipe: Recipe) -> None:
         with Bar("warm-up samples", len(rows) // state.num_processes) as bar:
             limit = recipe.rollout.max_new_tokens
             groups = sample_warmup_groups(
-                model, tokenizer, rows, reward, section, limit, recipe.rollout.max_rows, recipe.seed, bar.update
+                model, tokenizer, rows, judge, section, limit, recipe.rollout.max_rows, recipe.seed, bar.update
             )
         if state.is_main_process:
             write_groups(path, groups)
@@ -294,42 +304,33 @@ def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> Dataset | None:
 
 
 def make_evaluator(
-    recipe: Recipe, eval_set: Dataset, tokenizer: Any, reward: Callable[..., list[float]]
+    recipe: Recipe, eval_set: Dataset, tokenizer: Any, judge: Judge
 ) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
-    """Evaluation at every width of the recipe, shared out over the ranks; rank 0 writes the samples."""
+    """Evaluation at every width of the recipe, shared out over the ranks, whose samples and results are kept."""
     rows = eval_set.to_list()
 
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
-        rank, num_ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        total = num_completions(recipe.evaluation, len(rows)) // num_ranks
-        with Bar("evaluation", total) as bar, trainer.model_for_sampling() as model:
+        state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
+        directory = Path(recipe.output_dir) / "evaluation" / f"step_{step:06d}"
+        if state.is_main_process:  # of a run that was cut off here: its weights may have been others
+            shutil.rmtree(directory, ignore_errors=True)
+        state.wait_for_everyone()
+        store = SampleStore(directory / "samples", state.process_index)
+        with trainer.model_for_sampling() as model:
             limit = recipe.rollout.max_new_tokens
-            mine = list(
-                sample_groups(
-                    model,
-                    tokenizer,
-                    rows,
-                    reward,
-                    recipe.evaluation,
-                    limit,
-                    recipe.seed,
-                    rank,
-                    num_ranks,
-                    bar.update,
-                )
-            )
-        groups: list[SampledGroup] = gather_object(mine)
-        reports = aggregate(groups)
-        if trainer.accelerator.is_main_process:
-            directory = Path(recipe.output_dir) / "evaluation" / f"step_{trainer.state.global_step:06d}"
-            print(as_table(reports), flush=True)
-            write_results(
-                directory, groups, reports, {"step": trainer.state.global_step, "seed": recipe.seed} | provenance()
-            )
+            evaluation = plan_evaluation(model, tokenizer, rows, judge, section, limit, recipe.seed, store)
+            with Bar("evaluation", num_completions(evaluation.shares())) as bar:
+                groups = evaluation.run(bar.update)
+            meta = {"step": step, "seed": recipe.seed, **provenance()}
+            results = analyse(groups, section.widths, listens(model), meta)
+        if state.is_main_process:
+            print(as_table(results.summaries), flush=True)
+            write_for_readers(directory, rows, groups, tokenizer)
+            write_results(results, directory / "results.json")
         return {
-            names.evaluation(metric, report.width): estimate.value
-            for report in reports
-            for metric, estimate in report.metrics.items()
+            names.evaluation(metric, summary.width): summary.metrics[metric].value
+            for summary in results.summaries
+            for metric in names.EVALUATION
         }
 
     return evaluate

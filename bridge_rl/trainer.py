@@ -25,6 +25,7 @@ from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, s
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
+from bridge_rl.meters import StepMeter, record_norm_ratios
 from bridge_rl.report import names
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
@@ -102,7 +103,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.mask_truncated = mask_truncated
         self.rollout_options = rollout_options
         self.evaluator = evaluator
-        self._sampled_logps: Tensor | None = None
+        self._sampled: dict[str, Tensor] | None = None
         if has_bridge(model):
             find_state(model).width = width
         if train == "bridge":
@@ -117,6 +118,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)
+        self._meter = StepMeter()
+        self.add_callback(self._meter)
 
     # -- whole groups -------------------------------------------------------------------------------------------------
 
@@ -128,18 +131,27 @@ class BridgeGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         inputs = {key: merge_rows(x) if _is_per_row(x) else x for key, x in inputs.items()}
         if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # no update since the sampling
-            self._sampled_logps = inputs["sampling_per_token_logps"]
-            self._sampled_mask = inputs["completion_mask"]
+            self._sampled = {"logps": inputs["sampling_per_token_logps"], "mask": inputs["completion_mask"]}
+        self._meter.add_tokens(inputs["prompt_mask"])
+        self._meter.add_tokens(inputs["completion_mask"])
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._sampled_logps is not None:
-            log_ratio = result[0].detach() - self._sampled_logps
-            kl = ((log_ratio.exp() - log_ratio - 1) * self._sampled_mask).sum()
-            total = self.accelerator.reduce(torch.stack([kl, self._sampled_mask.sum()]), reduction="sum")
-            self._log(names.RECOMPUTE_KL, (total[0] / total[1]).item())
-            self._sampled_logps = None
+        if self._sampled is None:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        logps, mask = self._sampled["logps"], self._sampled["mask"]
+        self._sampled = None
+        with record_norm_ratios(self.model, mask) as ratios:
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        log_ratio = result[0].detach() - logps
+        kl = ((log_ratio.exp() - log_ratio - 1) * mask).sum()
+        sums = self.accelerator.reduce(torch.stack([mask.sum(), kl, *ratios.values()]), reduction="sum")
+        kl_per_token, *ratio_of_layer = (sums[1:] / sums[0]).tolist()
+        self._log(names.RECOMPUTE_KL, kl_per_token)
+        for layer, ratio in zip(ratios, ratio_of_layer, strict=True):
+            self._log(names.norm_ratio(layer), ratio)
+        if ratios:
+            self._log(names.NORM_RATIO, sum(ratio_of_layer) / len(ratio_of_layer))
         return result
 
     @property
@@ -174,6 +186,14 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            kept = self._metrics["train"]
+            rollout, reward = (sum(kept.get(name, ())) for name in (names.ROLLOUT_SECONDS, names.REWARD_SECONDS))
+            for name, value in self._meter.take(rollout, reward).items():
+                self._log(name, value)
+        super().log(logs, start_time)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -25,14 +25,17 @@ from transformers import (
 )
 
 from bridge_rl.config import WarmupSection
+from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import PROBLEMS_PER_CALL, eos_ids, sample_and_score
+from bridge_rl.evaluation.judge import Judge
+from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
-from bridge_rl.rollout import SamplingParams
+from bridge_rl.rollout import RolloutOptions, SamplingParams, generate_groups
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.surgery import disable_bridge, freeze_base
 
 IGNORED = -100
+PROBLEMS_PER_CALL = 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def sample_warmup_groups(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
-    reward: Callable[..., list[float]],
+    judge: Judge,
     section: WarmupSection,
     max_new_tokens: int,
     max_rows: int | None,
@@ -70,10 +73,14 @@ def sample_warmup_groups(
         for start in range(0, len(mine), PROBLEMS_PER_CALL):
             numbers = mine[start : start + PROBLEMS_PER_CALL]
             chosen = [rows[n] for n in numbers]
-            scored = sample_and_score(model, tokenizer, chosen, reward, section.samples, params, numbers, max_rows)
-            for number, made in zip(numbers, scored, strict=True):
-                kept = made.prompt_ids, made.group.tokens, made.completions, made.correct
-                sampled.append((number, WarmupGroup(rows[number]["problem"], *kept)))
+            prompts = prompt_tokens(tokenizer, [row["prompt"] for row in chosen])
+            options = RolloutOptions(max_rows=max_rows)
+            groups = generate_groups(model, prompts, section.samples, params, numbers, options=options)
+            tokens = [group.tokens for group in groups]
+            texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
+            judged = [group.correct for group in judge(chosen, texts, tokens)]
+            for number, *made in zip(numbers, prompts, tokens, texts, judged, strict=True):
+                sampled.append((number, WarmupGroup(rows[number]["problem"], *made)))
             progress(len(numbers))
     return [group for _, group in sorted(gather_object(sampled), key=lambda pair: pair[0])]
 

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge_rl.verify import verify_answers
-from bridge_rl.verify.answer import completion_text
+from bridge_rl.verify.answer import comparable_answer, completion_text
 
 
 def correct(
     completions: list[Any],
     answer: list[str],
     log_metric: Callable[[str, float], None] | None = None,
+    log_extra: Callable[[str, list[Any]], None] | None = None,
     timeout_s: float = 5.0,
     **kwargs: Any,
 ) -> list[float]:
@@ -20,4 +21,11 @@ def correct(
         for status in ("timeout", "error", "unparsed"):
             rate = sum(verdict.status == status for verdict in verdicts) / len(verdicts)
             log_metric(f"verify/{status}", rate)
+    if log_extra is not None:
+        log_extra("verdict", [verdict.status for verdict in verdicts])
     return [float(verdict.correct) for verdict in verdicts]
+
+
+def final_answer(completion: str) -> str | None:
+    """For majority votes: the marked answer in a form in which `1/2` and `0.5` are equal; None if none is marked."""
+    return comparable_answer(completion)

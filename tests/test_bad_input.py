@@ -195,7 +195,7 @@ OVERRIDES = {
     "model that is not there": ("model.path=/no/such/model", ["model.path", "no directory /no/such/model"]),
     "model that is not on the hub": (
         "model.path=no/such-model",
-        ["model.path", "huggingface-cli download no/such-model"],
+        ["model.path", "hf download no/such-model"],
     ),
     "package that is not there": ("model.path=package://no_such/model", ["model.path", "pip install no-such"]),
     "package that has no such directory": (

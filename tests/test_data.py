@@ -51,6 +51,15 @@ def test_a_function_is_called_with_its_arguments():
     assert len(rows) == 5
 
 
+def rows_with_more(size):
+    return [{"problem": f"p{n}", "answer": n, "task": "t", "entry": {"n": n}} for n in range(size)]
+
+
+def test_the_other_columns_of_a_functions_rows_are_kept_for_its_reward():
+    rows = load("test_data:rows_with_more", kwargs={"size": 2})
+    assert rows == [{"problem": f"p{n}", "answer": str(n), "task": "t", "entry": {"n": n}} for n in range(2)]
+
+
 def test_only_problem_and_answer_are_kept_under_these_names(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [{"id": 1, "question": "1+1", "solution": 2}])
     assert load(path, problem_column="question", answer_column="solution") == [{"problem": "1+1", "answer": "2"}]

@@ -3,7 +3,8 @@
 import pytest
 
 from bridge_rl.config import RewardSection
-from bridge_rl.models import load_reward
+from bridge_rl.errors import UserError
+from bridge_rl.models import load_final_answer, load_reward
 
 
 def load(function: str, **kwargs):
@@ -92,3 +93,61 @@ def test_an_async_reward_stays_async_for_trl_to_await(tmp_path):
     (tmp_path / "judge.py").write_text(source)
     reward = load_reward(RewardSection(f"{tmp_path / 'judge.py'}:score", kwargs={"scale": 2.0}), 0)
     assert asyncio.run(reward(completions=["a", "b"])) == [2.0, 2.0]
+
+
+def test_the_verdict_of_every_row_is_given_to_log_extra():
+    extra: dict[str, list[str]] = {}
+    score = load("rewards/answer.py:correct", timeout_s=1.0)
+    completions = ["4", "5", "no idea, who knows?", r"\boxed{9^{9^{9^9}}+x}"]
+    score(completions=completions, answer=["4"] * 4, log_extra=extra.__setitem__)
+    assert extra == {"verdict": ["ok", "ok", "unparsed", "timeout"]}
+    score(completions=["4"], answer=[r"\frac{1}{"], log_extra=extra.__setitem__)
+    assert extra == {"verdict": ["error"]}
+
+
+# -- answers for votes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completions", "vote"),
+    [
+        (["1/2", r"\boxed{\frac12}", "The answer is 0.5.", r"$\dfrac{1}{2}$", r"#### \frac{2}{4}"], "1/2"),
+        (["33", r"\boxed{033}", r"\boxed{x = 33}", r"\boxed{33^\circ}", r"\boxed{33\text{ cm}^2}", "33.0"], "33"),
+        ([r"\boxed{1,200}", r"\boxed{1{,}200}", r"\boxed{\$1200}", "#### 1200"], "1200"),
+        ([r"\boxed{\text{Monday}}", "monday", r"\boxed{Monday.}"], "monday"),
+        ([r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\boxed{(3,\dfrac{\pi}2)}"], r"(3,\frac{\pi}{2})"),
+        ([r"\boxed{5\text{ million}}"], r"5million"),
+        ([r"\boxed{\sqrt2}", r"\boxed{\sqrt{2}}"], r"\sqrt{2}"),
+    ],
+)
+def test_equal_answers_give_equal_votes(completions, vote):
+    final = load_final_answer(RewardSection("rewards/answer.py:correct"))
+    assert [final(completion) for completion in completions] == [vote] * len(completions)
+
+
+def test_no_marked_answer_is_no_vote():
+    final = load_final_answer(RewardSection("rewards/answer.py:correct"))
+    assert [final(text) for text in ("", r"so \boxed{4", r"\boxed{}", "I think it may well be four.")] == [None] * 4
+
+
+def test_different_numbers_are_different_votes():
+    final = load_final_answer(RewardSection("rewards/answer.py:correct"))
+    assert len({final(text) for text in ("1/3", "0.3333333", "-1/3", "1", "10", r"1\frac{1}{3}")}) == 6
+
+
+def test_the_embedded_task_votes_on_pairs_in_any_order():
+    final = load_final_answer(RewardSection("rewards/two_tries.py:correct"))
+    assert final("12+35=47;27+22=49:!27+22") == final("12+35=47;27+22=49:!22+27") == "22+27"
+    assert final("12+35=47;27+22=49:") is None
+
+
+def test_a_file_of_ones_own_may_say_what_is_voted_on_or_leave_it(tmp_path):
+    body = "def score(completions, **kwargs):\n    return [0.0 for _ in completions]\n"
+    (tmp_path / "plain.py").write_text(body)
+    (tmp_path / "own.py").write_text(body + "def final_answer(completion):\n    return completion[-1:] or None\n")
+    assert load_final_answer(RewardSection(f"{tmp_path / 'plain.py'}:score"))("#### 0.5") == "1/2"
+    assert load_final_answer(RewardSection(f"{tmp_path / 'own.py'}:score"))("abc") == "c"
+    with pytest.raises(UserError, match="there is no file"):
+        load_final_answer(RewardSection("rewards/none.py:score"))
+    with pytest.raises(UserError, match="cannot import no_such_package"):
+        load_final_answer(RewardSection("no_such_package:score"))

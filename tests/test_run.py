@@ -12,6 +12,8 @@ import wandb
 import bridge_rl as br
 from bridge_rl.cli import main
 from bridge_rl.config import load_recipe
+from bridge_rl.evaluation.results import read_results
+from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.report import names
 
 SMALL = [
@@ -41,12 +43,12 @@ def test_a_run_leaves_recipe_history_evaluation_and_a_model_that_loads(finished)
     assert load_recipe(finished / "recipe.yaml").training["max_steps"] == 2
     history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
     assert set(names.TRAIN) <= set(history[0])
-    assert {names.evaluation(m, w) for m in ("pass@1", "any", "all") for w in (1, 2, 4, 8)} <= set(history[-1])
-    results = json.loads((finished / "evaluation" / "step_000002" / "results.json").read_text())
-    assert [report["width"] for report in results["widths"]] == [1, 2, 4, 8]
-    assert {"commit", "hardware", "versions", "command"} <= set(results)
-    samples = (finished / "evaluation" / "step_000002" / "samples.jsonl").read_text().splitlines()
-    assert len(samples) == 4 * (4 + 2 + 1 + 1)
+    assert {names.evaluation(m, w) for m in names.EVALUATION for w in (1, 2, 4, 8)} <= set(history[-1])
+    directory = finished / "evaluation" / "step_000002"
+    results = read_results(directory / "results.json")
+    assert [(summary.condition, summary.width) for summary in results.summaries] == [("model", w) for w in (1, 2, 4, 8)]
+    assert {"commit", "hardware", "versions", "command"} <= set(results.meta)
+    assert len(SampleStore(directory / "samples").read()) == 4 * (4 + 2 + 1 + 1)
     model = br.load_bridge(finished)
     assert any(p.abs().sum() > 0 for name, p in br.bridge_parameters(model) if "o_proj" in name)
 
@@ -81,34 +83,6 @@ def test_online_without_a_key_goes_offline_and_says_so(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "there is no API key" in done.stdout
     assert "mode offline" in done.stdout
-
-
-def test_eval_writes_table_json_and_plot(finished, tmp_path, capsys):
-    options = ["--widths", "1,2", "--samples", "2", "--problems", "4", "--output", str(tmp_path)]
-    main(["eval", "--model", str(finished), *options])
-    assert "width" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "samples.jsonl", "widths.png"}
-
-
-def test_eval_samples_as_the_run_was_told_to(finished, tmp_path):
-    main(
-        [
-            "eval",
-            "--model",
-            str(finished),
-            "--widths",
-            "1",
-            "--samples",
-            "1",
-            "--problems",
-            "2",
-            "--output",
-            str(tmp_path),
-        ]
-    )
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["max_new_tokens"] == 32
-    assert results["prompt"] == "{problem}"
 
 
 def test_completions_are_logged_with_their_group(finished):

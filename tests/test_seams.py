@@ -23,6 +23,7 @@ OVERRIDDEN = [
     "_load_optimizer_and_scheduler",
     "create_model_card",
     "evaluate",
+    "log",
     "_save",
     "_load_from_checkpoint",
 ]

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 import bridge_rl as br
 from bridge_rl.config import ModelSection, WarmupSection
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation.judge import Judge
 from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.tiny import is_correct, make_problems
 from bridge_rl.warmup import (
@@ -114,7 +115,7 @@ def test_the_base_samples_the_data_and_the_file_gives_it_back(tmp_path):
     def reward(completions, problem, **kwargs):
         return [float(is_correct(p, c)) for p, c in zip(problem, completions, strict=True)]
 
-    groups = sample_warmup_groups(model, tokenizer, rows, reward, SECTION, 32, None, seed=0)
+    groups = sample_warmup_groups(model, tokenizer, rows, Judge(reward, str), SECTION, 32, None, seed=0)
     assert [g.problem for g in groups] == texts
     assert all(len(g.completions) == 4 for g in groups)
     for g in groups:

@@ -1,126 +1,73 @@
 """`bridge-rl eval` and `bridge-rl generate`."""
 
 import argparse
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridge_rl.config import (
-    DataSection,
-    DataSource,
-    EvaluationSection,
-    ModelSection,
-    Recipe,
-    RewardSection,
-    load_recipe,
-)
-from bridge_rl.data import load_problems, make_prompts, prompt_tokens
+from bridge_rl.config import ModelSection
+from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import (
-    aggregate,
-    as_table,
-    eos_ids,
-    groups_per_problem,
-    num_completions,
-    sample_groups,
-    write_results,
-)
-from bridge_rl.models import load_model, load_reward, load_tokenizer
-from bridge_rl.report.plots import plot_widths
-from bridge_rl.report.progress import Bar
-from bridge_rl.report.results import provenance
+from bridge_rl.evaluation.analyse import METHODS
+from bridge_rl.evaluation.job import make_job
+from bridge_rl.evaluation.results import Estimate, Results, Summary, write_results
+from bridge_rl.evaluation.run import PATIENCE, eos_ids
+from bridge_rl.evaluation.suites import expand
+from bridge_rl.models import load_function, load_model, load_tokenizer
+from bridge_rl.report.tables import as_table
 from bridge_rl.rollout import SamplingParams, generate_groups
-
-# The suite that ships with the project; any other is a file of problems whose answers math-verify reads.
-TINY = DataSource("bridge_rl.tiny.task:dataset", kwargs={"seed": 11, "size": 512}, check_answers=False)
-TINY_REWARD = RewardSection("rewards/two_tries.py:correct")
-MATH_REWARD = RewardSection("rewards/answer.py:correct")
-TINY_MAX_NEW_TOKENS = 32
-DEFAULT_MAX_NEW_TOKENS = 1024
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Sample a suite at several widths; print a table; write samples, results and a plot."""
-    state = PartialState()
-    tiny = args.suite == "tiny"
-    source = TINY if tiny else DataSource(args.suite)
-    trained = trained_with(args.model)
-    section = EvaluationSection(
-        widths=parse_widths(args.widths),
-        problems=args.problems,
-        samples=args.samples,
-        temperature=first(args.temperature, trained and trained.evaluation.temperature, 1.0),
-        top_p=first(args.top_p, trained and trained.evaluation.top_p, 1.0),
-        max_new_tokens=first(
-            args.max_new_tokens,
-            trained and (trained.evaluation.max_new_tokens or trained.rollout.max_new_tokens),
-            TINY_MAX_NEW_TOKENS if tiny else DEFAULT_MAX_NEW_TOKENS,
-        ),
-        max_rows=args.max_rows,
-    )
-    for width in section.widths:
-        if state.is_main_process and section.samples % width != 0:
-            print(
-                f"width {width}: {width * groups_per_problem(section, width)} samples a problem, not {section.samples}"
-            )
-    data = replace(trained.data, train=source) if trained else DataSection(train=source)
-    problems = load_problems(source, "--suite", args.seed)[: section.problems]
+    """Evaluate a model on each suite: samples, results, page, plots and tables; print a table and the verdicts."""
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)  # without `cpu` it would see one rank there
+    suites = expand(args.suite)
+    widths = parse_numbers("--widths", args.widths, "1,2,4,8")
+    lengths = None if args.lengths is None else parse_numbers("--lengths", args.lengths, "512,1024,2048")
+    methods = METHODS if args.aggregate is None else (*METHODS, load_function(args.aggregate, "--aggregate"))
     model, tokenizer = load_for_sampling(args.model)
-    rows = make_prompts(problems, data, conversational=tokenizer.chat_template is not None).to_list()
-    if args.reward is not None:
-        judge = RewardSection(args.reward)
-    else:
-        judge = TINY_REWARD if tiny else trained.rewards[0] if trained else MATH_REWARD
-    reward = load_reward(judge, 0)
-    with Bar("evaluation", num_completions(section, len(rows)) // state.num_processes) as bar:
-        mine = sample_groups(
-            model,
-            tokenizer,
-            rows,
-            reward,
-            section,
-            DEFAULT_MAX_NEW_TOKENS,
-            args.seed,
-            state.process_index,
-            state.num_processes,
-            bar.update,
-        )
-        groups = gather_object(list(mine))
-    if not state.is_main_process:
+    jobs = [make_job(args, suite, widths, lengths, methods, model, tokenizer) for suite in suites]
+    root = args.output or output_directory(args.model)
+    if args.output is not None and len(suites) == 1:
+        jobs[0].run(root)
         return
-    reports = aggregate(groups)
-    directory = args.output or output_directory(args.model) / Path(args.suite).stem
-    meta = {
-        "model": args.model,
-        "suite": args.suite,
-        "reward": judge.function,
-        "prompt": data.prompt,
-        "temperature": section.temperature,
-        "top_p": section.top_p,
-        "max_new_tokens": section.max_new_tokens,
-        "seed": args.seed,
-        **provenance(),
-    }
-    write_results(directory, groups, reports, meta)
-    plot_widths({Path(args.model).name: reports}, directory / "widths.png")
-    print(as_table(reports))
-    print(f"samples, results and plot are in {directory}")
+    results = {suite.name: job.run(root / suite.name) for suite, job in zip(suites, jobs, strict=True)}
+    if len(suites) > 1 and PartialState().is_main_process:
+        overall = Results({"model": args.model, "suites": list(results)}, mean_over_suites(results))
+        write_results(overall, root / "results.json")
+        print(f"\nmean over {len(suites)} suites\n{as_table(overall.summaries)}")
 
 
-def trained_with(model: str) -> Recipe | None:
-    """The recipe that a run left beside its model: prompts and sampling are then those it was trained for."""
-    path = Path(model) / "recipe.yaml"
-    return load_recipe(path) if path.is_file() else None
+def mean_over_suites(results: Mapping[str, Results]) -> list[Summary]:
+    """The mean of each metric over suites, each of one weight, in the conditions and widths that all have.
+
+    Suites share no problem, so the ends of their intervals lie apart from the mean by the root of the summed squares.
+    """
+    of_suite = [{(s.condition, s.width): s for s in found.summaries} for found in results.values()]
+    summaries = []
+    for key in sorted(set.intersection(*map(set, of_suite))):
+        same = [summaries_of[key] for summaries_of in of_suite]
+        shared = [name for name in same[0].metrics if all(name in summary.metrics for summary in same)]
+        metrics = {name: mean_of_estimates([summary.metrics[name] for summary in same]) for name in shared}
+        groups = min(summary.groups_per_problem for summary in same)
+        summaries.append(Summary(same[0].condition, key[1], sum(s.problems for s in same), groups, metrics))
+    return summaries
 
 
-def first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(value for value in values if value is not None)
+def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
+    """Of independent ones; without an interval where one has none."""
+    count = len(estimates)
+    value = sum(estimate.value for estimate in estimates) / count
+    below = [e.value - e.low for e in estimates if e.low is not None]
+    above = [e.high - e.value for e in estimates if e.high is not None]
+    if len(below) < count or len(above) < count:
+        return Estimate(value)
+    return Estimate(value, value - math.hypot(*below) / count, value + math.hypot(*above) / count)
 
 
 def output_directory(model: str) -> Path:
@@ -143,12 +90,15 @@ def generate(args: argparse.Namespace) -> None:
         print(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def parse_widths(text: str) -> list[int]:
-    """`1,2,4` -> [1, 2, 4]. Raises UserError for anything else."""
+def parse_numbers(flag: str, text: str, example: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4], sorted, each once. Raises UserError for anything else."""
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise UserError(f"--widths is '{text}': write numbers with commas between, such as 1,2,4,8.") from error
+        raise UserError(f"{flag} is '{text}': write numbers with commas between, such as {example}.") from error
+    if numbers[0] < 1:
+        raise UserError(f"{flag} is '{text}': each must be at least 1, such as {example}.")
+    return numbers
 
 
 def load_for_sampling(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,122 +1,111 @@
-"""Sample problems at several widths, score every completion, and aggregate by group."""
+"""Sample problems at several widths and under controls, judge every completion, and keep what was sampled on disk.
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+What is to be sampled is a list of units, whole groups that go together; what is on disk is not sampled again. A group's
+draws depend on its problem and number alone, so neither the number of ranks nor an interruption changes a sample, and
+conditions are compared on the same draws.
+"""
 
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.config import EvaluationSection
 from bridge_rl.data import prompt_tokens
-from bridge_rl.evaluation.metrics import RIGHT, Estimate, set_metrics
-from bridge_rl.group import groups_of, repeat_for_rows
-from bridge_rl.rollout import Group, RolloutOptions, SamplingParams, generate_groups
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.judge import Judge
+from bridge_rl.evaluation.results import Condition
+from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
+from bridge_rl.rollout import Group, Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
+from bridge_rl.surgery import disable_bridge, find_state, has_bridge
 
-PROBLEMS_PER_CALL = 16
+# How long ranks wait for one that samples longer.
+PATIENCE = timedelta(hours=2)
+# Finished groups are judged and written together, at the latest when they have so many rows or have waited so long.
+ROWS_PER_WRITE, SECONDS_PER_WRITE = 64, 30.0
 
 
-@dataclass(frozen=True)
-class SampledGroup:
-    """One group of one problem at one width, scored."""
+class Unit(NamedTuple):
+    """(problem, group) pairs that must be sampled together. Of a unit that is filled up, only the first `own` count."""
 
+    pairs: tuple[tuple[int, int], ...]
+    own: int
+
+
+class Sweep(NamedTuple):
+    """Groups of one condition at one width. `per_problem`: how many each problem has in all."""
+
+    condition: Condition
     width: int
-    problem: int
-    group: int
-    completions: list[str]
-    correct: list[bool]
-    finish_reasons: list[str]
+    per_problem: int
+    units: list[Unit]
+
+    def index_of(self, problem: int, group: int) -> int:
+        """Among all groups: a group's draws come from it."""
+        return problem * self.per_problem + group
+
+    def keys(self, unit: Unit) -> list[GroupKey]:
+        return [GroupKey(self.condition, self.width, *pair) for pair in unit.pairs[: unit.own]]
 
 
-@dataclass(frozen=True)
-class WidthReport:
-    """Metrics of one width over all problems."""
-
-    width: int
-    problems: int
-    groups_per_problem: int
-    metrics: dict[str, Estimate] = field(default_factory=dict)
+# Samples the units of a sweep; gives their own groups out as they end, judged.
+Sampler = Callable[[Sweep], Iterable[list[SampledGroup]]]
 
 
-@dataclass(frozen=True)
-class ScoredGroup:
-    """A sampled group with its prompt, texts and verdicts."""
+def plan_sweeps(
+    section: EvaluationSection, num_problems: int, listening: bool, controls: bool, seed: int
+) -> list[Sweep]:
+    """What is sampled, in this order. `listening`: whether the model's rows hear each other.
 
-    prompt_ids: list[int]
-    group: Group
-    completions: list[str]
-    correct: list[bool]
-
-
-def sample_and_score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    reward: Callable[..., list[float]],
-    width: int,
-    params: SamplingParams,
-    indices: Sequence[int],
-    max_rows: int | None,
-) -> list[ScoredGroup]:
-    """One group for each of `rows` (with `prompt`, `problem`, `answer`); right is a reward above RIGHT."""
-    prompts = prompt_tokens(tokenizer, [row["prompt"] for row in rows]) if rows else []
-    groups = generate_groups(model, prompts, width, params, indices, options=RolloutOptions(max_rows=max_rows))
-    if not rows:
-        return []
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for group in groups for tokens in group.tokens]
-    columns = {key: repeat_for_rows([row[key] for row in rows], width) for key in rows[0]}
-    scores = reward(completions=texts, **columns)
-    correct = [score is not None and score > RIGHT for score in scores]
-    made = zip(prompts, groups, groups_of(texts, width), groups_of(correct, width), strict=True)
-    return [ScoredGroup(list(prompt), *rest) for prompt, *rest in made]
-
-
-def sample_groups(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    reward: Callable[..., list[float]],
-    section: EvaluationSection,
-    max_new_tokens: int,
-    seed: int,
-    rank: int = 0,
-    num_ranks: int = 1,
-    progress: Callable[[int], object] = lambda done: None,
-) -> Iterator[SampledGroup]:
-    """Every problem in `rows` (with `prompt`, `problem`, `answer`) at every width; this rank's share of them.
-
-    A group's seed index comes from its problem and number, so results do not depend on the number of ranks.
-    `progress` is told of completions sampled.
+    Rows that do not are independent: sampled one by one, they serve every width (`aggregate.regroup`). So it is with
+    the Bridge disabled, which is a control, as are width 1 and rows that hear other prompts (`shuffled`).
     """
-    params = SamplingParams(
-        max_new_tokens=section.max_new_tokens or max_new_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        seed=stream_seed(seed, "evaluation"),
-        eos_token_id=eos_ids(model, tokenizer),
-    )
-    mine = list(range(rank, len(rows), num_ranks))
-    largest_share = len(range(0, len(rows), num_ranks))  # ranks that hold shards of a model must call equally often
-    for width in section.widths:
+    widths = sorted({*section.widths, 1} if controls or not listening else section.widths)
+    single = max(section.samples, widths[-1])
+    if not listening:
+        return [Sweep("model", 1, single, single_units(num_problems, single))]
+    sweeps = []
+    for width in widths:
         per_problem = groups_per_problem(section, width)
-        for start in range(0, largest_share, PROBLEMS_PER_CALL):
-            problems = repeat_for_rows(mine[start : start + PROBLEMS_PER_CALL], per_problem)
-            numbers = [place % per_problem for place in range(len(problems))]
-            scored = sample_and_score(
-                model,
-                tokenizer,
-                [rows[p] for p in problems],
-                reward,
-                width,
-                params,
-                [p * per_problem + n for p, n in zip(problems, numbers, strict=True)],
-                section.max_rows,
-            )
-            for problem, number, made in zip(problems, numbers, scored, strict=True):
-                yield SampledGroup(width, problem, number, made.completions, made.correct, made.group.finish_reasons)
-            progress(len(scored) * width)
+        sweeps.append(Sweep("model", width, per_problem, single_units(num_problems, per_problem)))
+    if controls:
+        sweeps.append(Sweep("disabled", 1, single, single_units(num_problems, single)))
+        for width in widths[1:]:
+            per_problem = groups_per_problem(section, width)
+            units = exchange_units(num_problems, per_problem, width, seed)
+            sweeps.append(Sweep("shuffled", width, per_problem, units))
+    return sweeps
+
+
+def single_units(num_problems: int, per_problem: int) -> list[Unit]:
+    return [Unit(((problem, group),), 1) for problem in range(num_problems) for group in range(per_problem)]
+
+
+def exchange_units(num_problems: int, per_problem: int, width: int, seed: int) -> list[Unit]:
+    """Blocks of `width` different problems, drawn anew for each group number; the last one is filled up.
+
+    Raises UserError if there are fewer problems than that.
+    """
+    if num_problems < width:
+        raise UserError(
+            f"--controls: siblings from {width - 1} other prompts need {width} problems at width {width}, there are "
+            f"{num_problems}: evaluate more problems, or smaller widths."
+        )
+    units = []
+    for group in range(per_problem):
+        order = np.random.default_rng([seed, width, group]).permutation(num_problems).tolist()
+        for start in range(0, num_problems, width):
+            own = order[start : start + width]
+            filled = own + order[: width - len(own)]
+            units.append(Unit(tuple((problem, group) for problem in filled), len(own)))
+    return units
 
 
 def groups_per_problem(section: EvaluationSection, width: int) -> int:
@@ -124,9 +113,164 @@ def groups_per_problem(section: EvaluationSection, width: int) -> int:
     return max(1, section.samples // width)
 
 
-def num_completions(section: EvaluationSection, num_problems: int) -> int:
-    """Completions that an evaluation of `num_problems` samples in all."""
-    return num_problems * sum(width * groups_per_problem(section, width) for width in section.widths)
+@dataclass(frozen=True)
+class ModelSampler:
+    """Samples from a model with its Bridge.
+
+    rows: the problems, with `prompt`, `problem`, `answer`. limits: lengths at which completions are judged again as if
+    they had been cut there.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[dict[str, Any]]
+    judge: Judge
+    params: SamplingParams
+    max_rows: int | None
+    limits: Sequence[int] = ()
+
+    def __call__(self, sweep: Sweep) -> Iterator[list[SampledGroup]]:
+        pairs = [pair for unit in sweep.units for pair in unit.pairs]
+        kept = [number < unit.own for unit in sweep.units for number in range(len(unit.pairs))]
+        prompts = prompt_tokens(self.tokenizer, [self.rows[problem]["prompt"] for problem, _ in pairs]) if pairs else []
+        exchange = None
+        if sweep.condition == "shuffled":
+            places = iter(range(len(pairs)))
+            exchange = [[next(places) for _ in unit.pairs] for unit in sweep.units]
+        with disable_bridge(self.model) if sweep.condition == "disabled" else nullcontext():
+            rollout = Rollout(
+                self.model,
+                prompts,
+                sweep.width,
+                self.params,
+                indices=[sweep.index_of(*pair) for pair in pairs],
+                options=RolloutOptions(max_rows=self.max_rows),
+                exchange=exchange,
+            )
+            ended = ((*pairs[place], group) for place, group in rollout.stream() if kept[place])
+            for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
+                yield self.judged(sweep, batch)
+
+    def judged(self, sweep: Sweep, batch: Sequence[tuple[int, int, Group]]) -> list[SampledGroup]:
+        rows = [self.rows[problem] for problem, _, _ in batch]
+        tokens = [group.tokens for _, _, group in batch]
+        texts = [self.decode(group) for group in tokens]
+        cut = {limit: self.correct_at(limit, rows, tokens) for limit in self.limits}
+        return [
+            SampledGroup(
+                condition=sweep.condition,
+                width=sweep.width,
+                problem=problem,
+                group=number,
+                completions=text,
+                tokens=group.tokens,
+                answers=judged.answers,
+                correct=judged.correct,
+                verdicts=judged.verdicts,
+                finish_reasons=group.finish_reasons,
+                logprobs=[sum(row) for row in group.logprobs],
+                correct_at={limit: correct[place] for limit, correct in cut.items()},
+            )
+            for place, ((problem, number, group), text, judged) in enumerate(
+                zip(batch, texts, self.judge(rows, texts, tokens), strict=True)
+            )
+        ]
+
+    def correct_at(
+        self, limit: int, rows: Sequence[dict[str, Any]], tokens: Sequence[list[list[int]]]
+    ) -> list[list[bool]]:
+        """As if sampled with that limit: rows in lockstep reach it together, so what came before is the same."""
+        cut = [[row[:limit] for row in group] for group in tokens]
+        return [judged.correct for judged in self.judge(rows, [self.decode(group) for group in cut], cut)]
+
+    def decode(self, tokens: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size`, or of fewer when an item has waited for SECONDS_PER_WRITE, and at the end."""
+    batch: list[Any] = []
+    started = 0.0
+    for item in items:
+        if not batch:
+            started = time.monotonic()
+        batch.append(item)
+        if len(batch) >= size or time.monotonic() - started > SECONDS_PER_WRITE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@dataclass
+class Evaluation:
+    """One evaluation: what is sampled, by whom, and where it is kept. `done`: what was there at the start."""
+
+    sweeps: list[Sweep]
+    sampler: Sampler
+    store: SampleStore
+    state: PartialState = field(default_factory=PartialState)
+    done: set[GroupKey] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.done = {group.key for group in self.store.read()}
+        self.state.wait_for_everyone()  # all have read before one writes
+
+    def run(self, progress: Callable[[int], object] = lambda completions: None) -> list[SampledGroup]:
+        """Sample this rank's share of what is missing, and return the groups of all ranks.
+
+        `progress` is told of completions sampled. Every rank samples in every sweep, be it nothing: ranks that hold
+        shards of a model must call equally often.
+        """
+        done = self.done
+        for sweep in self.shares():
+            for groups in self.sampler(sweep):
+                self.store.append(group for group in groups if group.key not in done)
+                progress(sum(len(group.correct) for group in groups))
+        self.state.wait_for_everyone()
+        return self.store.read()
+
+    def shares(self) -> list[Sweep]:
+        """This rank's share of the units of which a group is not on disk yet."""
+        rank, num_ranks = self.state.process_index, self.state.num_processes
+        missing = [
+            [unit for unit in sweep.units if not self.done.issuperset(sweep.keys(unit))] for sweep in self.sweeps
+        ]
+        return [sweep._replace(units=units[rank::num_ranks]) for sweep, units in zip(self.sweeps, missing, strict=True)]
+
+
+def num_completions(sweeps: Iterable[Sweep]) -> int:
+    """Completions in all, without those that only fill up."""
+    return sum(sweep.width * unit.own for sweep in sweeps for unit in sweep.units)
+
+
+def plan_evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    judge: Judge,
+    section: EvaluationSection,
+    max_new_tokens: int,
+    seed: int,
+    store: SampleStore,
+    controls: bool = False,
+    limits: Sequence[int] = (),
+) -> Evaluation:
+    """An evaluation of `rows` (with `prompt`, `problem`, `answer`), to be run."""
+    params = SamplingParams(
+        max_new_tokens=section.max_new_tokens or max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        seed=stream_seed(seed, "evaluation"),
+        eos_token_id=eos_ids(model, tokenizer),
+    )
+    sweeps = plan_sweeps(section, len(rows), listens(model), controls, seed)
+    return Evaluation(sweeps, ModelSampler(model, tokenizer, rows, judge, params, section.max_rows, limits), store)
+
+
+def listens(model: PreTrainedModel) -> bool:
+    """Whether rows of a group hear each other."""
+    return has_bridge(model) and find_state(model).config.kind == "bridge"
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -134,36 +278,3 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     declared = model.generation_config.eos_token_id
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
     return sorted({tokenizer.eos_token_id, *declared})
-
-
-def aggregate(groups: Sequence[SampledGroup]) -> list[WidthReport]:
-    """One report a width."""
-    reports = []
-    for width in sorted({group.width for group in groups}):
-        by_problem: dict[int, list[list[bool]]] = {}
-        for group in groups:
-            if group.width == width:
-                by_problem.setdefault(group.problem, []).append(group.correct)
-        correct = [by_problem[problem] for problem in sorted(by_problem)]
-        reports.append(WidthReport(width, len(correct), len(correct[0]), set_metrics(correct)))
-    return reports
-
-
-def write_results(directory: Path, groups: Sequence[SampledGroup], reports: Sequence[WidthReport], meta: dict) -> None:
-    """`samples.jsonl`, one group a line, and `results.json`, metrics by width beside how they were made."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "samples.jsonl").open("w") as file:
-        for group in groups:
-            file.write(json.dumps(asdict(group)) + "\n")
-    content = {**meta, "widths": [asdict(report) for report in reports]}
-    (directory / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def as_table(reports: Sequence[WidthReport]) -> str:
-    """A plain-text table with standard errors."""
-    metrics = list(reports[0].metrics)
-    lines = ["width  " + "".join(f"{name:>17}" for name in metrics)]
-    for report in reports:
-        cells = [f"{e.value:.3f} +- {e.standard_error:.3f}" for e in report.metrics.values()]
-        lines.append(f"{report.width:>5}  " + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Every metric name that is ours, in one place; TRL's own keep TRL's names.
 
 The trainer's log history has training metrics as written here and evaluation ones with `eval_` before them; in W&B
-transformers makes that `train/...` and `eval/...`. Times and rates of sampling and scoring are those of rank 0.
+transformers makes that `train/...` and `eval/...`. Times, rates and memory are those of rank 0.
 """
 
 ALL_RIGHT = "group/all_right"  # share of groups all of whose rows are right
@@ -14,6 +14,14 @@ ROLLOUT_CACHE_TOKENS = "rollout/peak_cache_tokens"  # most tokens that pages of 
 ROLLOUT_PREEMPTED = "rollout/preempted"  # groups of this rank that had to start again for want of cache
 RECOMPUTE_KL = "rollout/recompute_kl"  # of the trainer's log-probs from those of sampling; near 0 unless broken
 REWARD_SECONDS = "reward/seconds"  # scoring, per generation batch
+STEP_SECONDS = "step/seconds"  # of an optimizer step: rollout, reward and update; not evaluations and saves
+STEP_ROLLOUT = "step/rollout_share"  # of the time of the steps since the last log; the three shares make 1
+STEP_REWARD = "step/reward_share"
+STEP_UPDATE = "step/update_share"  # the rest: loss, gradients, optimizer, reference
+STEP_TOKENS_PER_SECOND = "step/tokens_per_second"  # prompt and completion tokens of the loss over the time of a step
+UPDATE_TOKENS_PER_SECOND = "update/tokens_per_second"  # the same tokens over the time of the update
+PEAK_MEMORY = "memory/peak_gib"  # GiB: CUDA's most allocated since the start; on CPU the process's resident size
+NORM_RATIO = "bridge/norm_ratio"  # norm of what a block adds over that of what it is added to: mean of all blocks
 
 TRAIN = (
     ALL_RIGHT,
@@ -26,9 +34,30 @@ TRAIN = (
     ROLLOUT_PREEMPTED,
     RECOMPUTE_KL,
     REWARD_SECONDS,
+    STEP_SECONDS,
+    STEP_ROLLOUT,
+    STEP_REWARD,
+    STEP_UPDATE,
+    STEP_TOKENS_PER_SECOND,
+    UPDATE_TOKENS_PER_SECOND,
+    PEAK_MEMORY,
+    NORM_RATIO,
 )
+# Of `evaluation.metrics`, at every width: what evaluations in a run log.
+EVALUATION = ("pass@1", "maj", "any", "all")
+COMPLETIONS = "completions"  # TRL's table, a row each completion, with its group; needs `training.log_completions`
+
+
+def norm_ratio(layer: int) -> str:
+    """Name of the norm ratio of one layer's block."""
+    return f"{NORM_RATIO}/layer_{layer}"
 
 
 def evaluation(metric: str, width: int) -> str:
     """Name of a metric of `evaluation.metrics.set_metrics` at a width, such as `eval_pass@1/w4`."""
     return f"eval_{metric}/w{width}"
+
+
+def in_tracker(name: str) -> str:
+    """The key under which transformers hands an entry of the log history to W&B, TensorBoard and trackio."""
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

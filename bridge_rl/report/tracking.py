@@ -1,10 +1,29 @@
-"""Weights & Biases: the mode a recipe asks for, offline where there is no key."""
+"""Where a run is logged: Weights & Biases in the mode a recipe asks for, offline where there is no key, and others."""
 
 import os
+from importlib.util import find_spec
 
 from accelerate import PartialState
 
 from bridge_rl.config import Recipe
+from bridge_rl.errors import UserError
+
+OTHERS = ("tensorboard", "trackio")  # what `training.report_to` may name
+
+
+def trackers(recipe: Recipe) -> list[str]:
+    """Value of TRL's `report_to`: what `training.report_to` names, and W&B unless `logging.wandb` is off.
+
+    Raises UserError for another name, and for a package that is not installed.
+    """
+    asked = recipe.training.get("report_to") or []
+    chosen = [asked] if isinstance(asked, str) else list(asked)
+    for name in chosen:
+        if name not in OTHERS:
+            raise UserError(f"training.report_to names {name!r}: use {' or '.join(OTHERS)}, and logging.wandb for W&B.")
+        if find_spec(name) is None:
+            raise UserError(f"training.report_to names {name!r}, which is not installed: pip install {name}.")
+    return [*chosen, *(["wandb"] if recipe.logging.wandb != "off" else [])]
 
 
 def start_tracking(recipe: Recipe) -> None:

@@ -204,6 +204,40 @@ def canonical(text: str) -> str:
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
+_BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2, \sqrt2
+    (re.compile(r"\\[dtc]?frac\s*(\d)\s*(?=[\d{])"), r"\\frac{\1}"),
+    (re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\})\s*(\d)"), r"\\frac\1{\2}"),
+    (re.compile(r"\\sqrt\s*(\d)"), r"\\sqrt{\1}"),
+)
+_NAMED = re.compile(r"[A-Za-z](?:_\w)?\s*=\s*([^=]+)")  # x = 5
+_WITH_UNIT = re.compile(
+    r"\\?\$?(?P<value>[-+]?(?:\d[\d.]*|\\frac\{-?\d+\}\{-?\d+\}))\s*"
+    r"(?P<unit>\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\?%|\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?)?"
+)
+
+
+def comparable_answer(completion: str) -> str | None:
+    r"""The answer of a completion in a form for voting: `1/2`, `\frac12` and `0.5` give the same text.
+
+    Numbers are exact fractions without their unit; words lose case and spacing; anything else is compared as written,
+    but for spacing and sizes, so that `x+1` and `1+x` are two answers. None where no answer is marked, even if
+    math-verify would find one in the prose.
+    """
+    answer = find_answer(completion)
+    if answer is None or answer.prose:
+        return None
+    text = answer.text
+    for pattern, braced in _BRACES:
+        text = pattern.sub(braced, text)
+    if named := _NAMED.fullmatch(text):
+        text = named[1].strip()
+    if (measured := _WITH_UNIT.fullmatch(text)) and not _SCALES.search(measured["unit"] or ""):
+        text = measured["value"]
+    if (value := number(text)) is not None:
+        return str(value.value)
+    return word(text) or canonical(text)
+
+
 # -- the fast path ----------------------------------------------------------------------------------------------------
 
 _DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")

@@ -46,7 +46,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Job:
-    """One question for a worker, with its `judge`'s arguments."""
+    """One question for a worker: its `judge`'s arguments. Equal ones are asked once."""
+
+
+@dataclass(frozen=True)
+class MathJob(Job):
+    """Whether `prediction` agrees with `gold`; None asks whether `gold` can be read."""
 
     gold: str
     prediction: str | None
@@ -59,13 +64,15 @@ class VerifierPool:
 
     size: default BRIDGE_RL_VERIFIER_WORKERS, else the number of CPUs, at most MAX_WORKERS.
     memory_bytes: address space of a worker. counts: verdicts so far by status.
+    script: what a worker runs: `worker.main` with a `judge` of its own.
     """
 
-    def __init__(self, size: int | None = None, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, size: int | None = None, memory_bytes: int = MEMORY_BYTES, script: Path = WORKER) -> None:
         self.size = _default_size() if size is None else size
         if self.size < 1:
             raise ValueError(f"size is {self.size}: a verifier pool needs at least one worker.")
         self.memory_bytes = memory_bytes
+        self.script = script
         self.counts: Counter[str] = Counter(dict.fromkeys(get_args(Status), 0))
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -78,7 +85,7 @@ class VerifierPool:
             raise ValueError(f"{len(predictions)} predictions for {len(gold)} gold answers: pass one gold for each.")
         pairs = list(zip(predictions, gold, strict=True))
         found = {pair: _prepare(*pair) for pair in pairs}
-        judged = self._judge_all([job for job in found.values() if isinstance(job, Job)], timeout_s)
+        judged = self.judge_all([job for job in found.values() if isinstance(job, Job)], timeout_s)
         verdicts = [judged[job] if isinstance(job, Job) else job for job in map(found.__getitem__, pairs)]
         with self._lock:
             self.counts.update(verdict.status for verdict in verdicts)
@@ -88,11 +95,11 @@ class VerifierPool:
         """Whether each reference answer can be compared with; one that parses too slowly can not."""
         answers = {text: gold_answer(text) for text in gold}
         jobs = {
-            text: Job(answer.text, None)
+            text: MathJob(answer.text, None)
             for text, answer in answers.items()
             if answer is not None and not readable(answer)
         }
-        judged = self._judge_all(list(jobs.values()), timeout_s)
+        judged = self.judge_all(list(jobs.values()), timeout_s)
         return [judged[jobs[text]].status == "ok" if text in jobs else answers[text] is not None for text in gold]
 
     @property
@@ -107,7 +114,8 @@ class VerifierPool:
         for worker in list(self._workers):
             self._drop(worker)
 
-    def _judge_all(self, jobs: list[Job], timeout_s: float) -> dict[Job, Verdict]:
+    def judge_all(self, jobs: Sequence[Job], timeout_s: float) -> dict[Job, Verdict]:
+        """The verdict of each job. Raises ValueError unless timeout_s > 0."""
         if timeout_s <= 0:
             raise ValueError(f"timeout_s is {timeout_s}: it must be above 0.")
         different = list(dict.fromkeys(jobs))
@@ -130,7 +138,7 @@ class VerifierPool:
     def _worker_of_thread(self) -> "_Worker":
         worker: _Worker | None = getattr(self._local, "worker", None)
         if worker is None or worker not in self._workers:
-            worker = self._local.worker = _start_worker(self.memory_bytes)
+            worker = self._local.worker = _start_worker(self.script, self.memory_bytes)
             with self._lock:
                 self._workers.add(worker)
         return worker
@@ -157,24 +165,26 @@ def _prepare(prediction: str, gold: str) -> Verdict | Job:
         return Verdict(False, "error")
     if answer is None:
         # Without an answer there is nothing to compare, but bad gold is reported all the same.
-        return Verdict(False, "unparsed") if readable(reference) else Job(reference.text, "")
+        return Verdict(False, "unparsed") if readable(reference) else MathJob(reference.text, "")
     if (correct := decide(answer, reference)) is not None:
         return Verdict(correct, "ok")
     if word(reference.text) is not None:
         return Verdict(False, "unparsed" if answer.prose else "ok")
     same = canonical(answer.text) == canonical(reference.text)
-    return Job(reference.text, answer.text, answer.prose, same)
+    return MathJob(reference.text, answer.text, answer.prose, same)
 
 
 class _Worker:
     """The parent's end of one process. Used by one thread at a time."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, script: Path, memory_bytes: int) -> None:
         # Ground types of python: gmpy2 computes big factorials out of reach of every limit but the kill.
         # A fixed hash seed: sympy's order of terms, and with it a verdict here and there, depends on it.
+        # One thread of BLAS: each takes address space, whose amount is limited.
         env = os.environ | {"SYMPY_GROUND_TYPES": "python", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
+        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(memory_bytes), str(os.getpid())],
+            [sys.executable, str(script), str(memory_bytes), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
@@ -189,7 +199,7 @@ class _Worker:
     def ask(self, job: Job, timeout_s: float) -> tuple[Reply, bool]:
         """(reply, verdict)."""
         try:
-            self._stdin.write(json.dumps(vars(job)).encode() + b"\n")  # far below a pipe's 64 KiB: one write, no wait
+            self._stdin.write(json.dumps(vars(job)).encode() + b"\n")  # the worker reads whole lines: no long wait
         except BrokenPipeError:
             return "vanished", False
         line = self.read_line(timeout_s)
@@ -214,15 +224,15 @@ class _Worker:
         self._stdout.close()
 
 
-def _start_worker(memory_bytes: int) -> _Worker:
+def _start_worker(script: Path, memory_bytes: int) -> _Worker:
     """A worker that has said it is ready: the clock of a pair never includes a start."""
     for _ in range(STARTS):
-        worker = _Worker(memory_bytes)
+        worker = _Worker(script, memory_bytes)
         said = worker.read_line(START_SECONDS)
         if said == "ready":
             return worker
         worker.kill()
     raise RuntimeError(
-        f"A verifier worker did not start ({said}, {STARTS} times): run `{sys.executable} {WORKER} {memory_bytes} 0` "
+        f"A verifier worker did not start ({said}, {STARTS} times): run `{sys.executable} {script} {memory_bytes} 0` "
         "or see the error it printed above."
     )

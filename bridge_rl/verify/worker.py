@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -30,7 +31,8 @@ FLOAT_GAP = 1e-4  # beside math-verify's 6 decimals, so that 1e-8 is not 2e-8
 RECYCLE_SHARE = 0.5  # of the memory limit: leave at that size, so that no later pair meets a full process
 
 
-def main() -> None:
+def main(judge: Callable[..., tuple[str, bool]], warm_up: Callable[[], object]) -> None:
+    """Answer with `judge` until the pipe closes. warm_up: imports what it needs, before the worker is ready."""
     memory_bytes, parent = int(sys.argv[1]), int(sys.argv[2])
     _die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
@@ -39,7 +41,7 @@ def main() -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)  # what sympy or antlr print must not enter the protocol
     logging.disable()  # math-verify warns that its own timeouts are off, which is the point
-    judge("1", "1")  # imports; an error up to here is seen on the trainer's stderr
+    warm_up()  # an error up to here is seen on the trainer's stderr
     os.dup2(silence, 2)
     replies.write("ready\n")
     for line in sys.stdin:
@@ -166,4 +168,4 @@ def _gap(a: Any, b: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(judge, lambda: judge("1", "1"))

@@ -1,0 +1,160 @@
+"""How often 95 % intervals hold the truth: simulated evaluations of a made-up policy whose truth is known.
+
+`python benchmarks/intervals.py` writes `benchmarks/results/intervals.json`. Difficulties of problems have a beta
+distribution, groups have 4 rows, and a wrong row copies a right sibling with chance 0.3, so that rows depend on each
+other. Each cell is one metric at one rate (the true pass@1), spread of difficulty and number of problems. Lengths are
+lognormal; differences are those to the same problems without copying. The plain percentile bootstrap stands beside.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special, stats
+
+from bridge_rl.evaluation.intervals import RESAMPLES, estimates
+from bridge_rl.report.results import provenance
+
+RESULT = Path(__file__).parent / "results" / "intervals.json"
+WIDTH, COPY = 4, 0.3
+PROBLEMS, RATES = (30, 100, 500), (0.1, 0.3, 0.5, 0.7, 0.9)
+# a + b of the beta distribution, and the groups of a problem; `wide`: most problems are either easy or hard.
+SPREADS = {"moderate": (4.0, 4), "wide": (1.0, 8)}
+ENOUGH = (0.05, 0.95)  # true rates at which 30 problems tell more than that something is rare
+Array = NDArray[np.float64]
+
+
+def expected(difficulty: Array, copy: float) -> dict[str, Array]:
+    """Each metric of one group, given a problem's difficulty, by summing over how many rows are right on their own."""
+    alone = np.arange(WIDTH + 1)
+    d = difficulty[:, None]
+    chance = special.comb(WIDTH, alone) * d**alone * (1 - d) ** (WIDTH - alone)  # [problems, WIDTH + 1]
+    share = (alone + (WIDTH - alone) * copy * (alone > 0)) / WIDTH
+    everyone = np.where(alone > 0, copy ** (WIDTH - alone), 0.0)
+    return {"pass@1": chance @ share, "any": chance @ (alone > 0.0), "all": chance @ everyone}
+
+
+def truth(mean: float, concentration: float, copy: float) -> dict[str, float]:
+    """Mean over problems, by the quantiles of their difficulty."""
+    places = (np.arange(100_000) + 0.5) / 100_000
+    difficulty = stats.beta.ppf(places, mean * concentration, (1 - mean) * concentration)
+    return {name: float(values.mean()) for name, values in expected(difficulty, copy).items()}
+
+
+def mean_for(rate: float, concentration: float) -> float:
+    """The mean difficulty at which pass@1 is `rate`."""
+    return optimize.brentq(lambda mean: truth(mean, concentration, COPY)["pass@1"] - rate, 0.001, 0.999, xtol=1e-4)
+
+
+def draw(rng: np.random.Generator, difficulty: Array, groups: int, copy: float) -> dict[str, Array]:
+    """Problem means [problems, simulations] of each metric, for difficulties of that shape."""
+    right = rng.binomial(WIDTH, difficulty[..., None], (*difficulty.shape, groups))
+    right += np.where(right > 0, rng.binomial(WIDTH - right, copy), 0)
+    return {
+        "pass@1": right.mean(axis=-1) / WIDTH,
+        "any": (right > 0).mean(axis=-1),
+        "all": (right == WIDTH).mean(axis=-1),
+    }
+
+
+def covered(means: Array, true: float, limits: tuple[float, float]) -> dict[str, float]:
+    """Share of simulations whose interval holds the truth, where it misses, and the mean width."""
+    found = estimates(means, [limits] * means.shape[1])
+    # A metric without bounds that never varied has no interval: that counts as missing.
+    low = np.array([np.nan if e.low is None else e.low for e in found])
+    high = np.array([np.nan if e.high is None else e.high for e in found])
+    return {
+        "coverage": float(np.mean((low <= true) & (true <= high))),
+        "below": float(np.mean(high < true)),
+        "above": float(np.mean(low > true)),
+        "width": float(np.mean(high - low)),
+        "percentile_coverage": percentile_coverage(means, true),
+    }
+
+
+def percentile_coverage(means: Array, true: float) -> float:
+    """Of the plain percentile bootstrap over problems."""
+    problems = len(means)
+    counts = np.random.default_rng(0).multinomial(problems, np.full(problems, 1 / problems), RESAMPLES)
+    low, high = np.quantile(counts @ means / problems, [0.025, 0.975], axis=0)
+    return float(np.mean((low <= true) & (true <= high)))
+
+
+def cells_of(problems: int, rate: float, spread: str, simulations: int) -> list[dict[str, Any]]:
+    """Every metric at one setting."""
+    concentration, groups = SPREADS[spread]
+    mean = mean_for(rate, concentration)
+    rng = np.random.default_rng([problems, int(100 * rate), groups])
+    difficulty = rng.beta(mean * concentration, (1 - mean) * concentration, (problems, simulations))
+    with_copy, without = (draw(rng, difficulty, groups, copy) for copy in (COPY, 0.0))
+    true, true_without = truth(mean, concentration, COPY), truth(mean, concentration, 0.0)
+    measured = {name: (with_copy[name], true[name], (0.0, 1.0)) for name in with_copy}
+    gain = true["pass@1"] - true_without["pass@1"]
+    measured["difference of pass@1"] = (with_copy["pass@1"] - without["pass@1"], gain, (-1.0, 1.0))
+    setting = {"problems": problems, "rate": rate, "spread": spread}
+    return [{**setting, "metric": name, "true": values[1], **covered(*values)} for name, values in measured.items()]
+
+
+def length_cell(problems: int, simulations: int) -> dict[str, Any]:
+    """Mean tokens, lognormal over problems (sigma 0.6)."""
+    means = np.random.default_rng(problems).lognormal(5.0, 0.6, (problems, simulations))
+    found = covered(means, math.exp(5.0 + 0.6**2 / 2), (0.0, math.inf))
+    return {"problems": problems, "metric": "length", "true": math.exp(5.18), **found}
+
+
+def worst(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Least, mean and greatest coverage, by number of problems."""
+    table: dict[str, Any] = {}
+    for problems in sorted({cell["problems"] for cell in cells}):
+        values = [cell["coverage"] for cell in cells if cell["problems"] == problems]
+        plain = [cell["percentile_coverage"] for cell in cells if cell["problems"] == problems]
+        table[str(problems)] = {
+            "cells": len(values),
+            "least": min(values),
+            "mean": float(np.mean(values)),
+            "greatest": max(values),
+            "outside_93_to_97": [c for c in cells if c["problems"] == problems and not 0.93 <= c["coverage"] <= 0.97],
+            "plain_percentile": {"least": min(plain), "mean": float(np.mean(plain)), "greatest": max(plain)},
+        }
+    return table
+
+
+def is_rare(cell: dict[str, Any]) -> bool:
+    return cell["metric"] in ("pass@1", "any", "all") and not ENOUGH[0] <= cell["true"] <= ENOUGH[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--simulations", type=int, default=2000, help="of each cell; 2000 give a standard error of .005"
+    )
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    cells = [
+        cell
+        for problems in PROBLEMS
+        for spread in SPREADS
+        for rate in RATES
+        for cell in cells_of(problems, rate, spread, options.simulations)
+    ]
+    lengths = [length_cell(problems, options.simulations) for problems in PROBLEMS]
+    report = {
+        **provenance(),
+        "simulations": options.simulations,
+        "resamples": RESAMPLES,
+        "rates_from_.05_to_.95_and_differences": worst([cell for cell in cells if not is_rare(cell)]),
+        "rarer_rates": worst([cell for cell in cells if is_rare(cell)]),
+        "length": lengths,
+        "cells": cells,
+    }
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps({key: report[key] for key in list(report)[-4:-1]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

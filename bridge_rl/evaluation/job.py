@@ -1,0 +1,252 @@
+"""One model on one suite: what is asked, checked against what is there, sampled, analysed and written."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bridge_rl.config import DataSection, EvaluationSection, Recipe, RewardSection, load_recipe
+from bridge_rl.data import make_prompts
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.aggregate import Chooser
+from bridge_rl.evaluation.analyse import analyse
+from bridge_rl.evaluation.judge import Judge
+from bridge_rl.evaluation.probes import run_probes
+from bridge_rl.evaluation.results import Probes, Results, write_results
+from bridge_rl.evaluation.run import (
+    Evaluation,
+    ModelSampler,
+    groups_per_problem,
+    listens,
+    num_completions,
+    plan_evaluation,
+)
+from bridge_rl.evaluation.samples import SampledGroup, SampleStore, write_for_readers
+from bridge_rl.evaluation.suites import Suite, load_suite
+from bridge_rl.fingerprint import whole_fingerprint
+from bridge_rl.report.command import write_report
+from bridge_rl.report.progress import Bar
+from bridge_rl.report.results import provenance
+from bridge_rl.report.tables import as_table
+
+# What decides the samples of a directory: with other settings they would be others.
+SETTINGS_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """settings: what decides the samples. meta: how the results were made, settings included.
+
+    limits: lengths at which completions are judged as if cut there. probing: whether to watch the blocks, and to try
+    `probe_rows` wrong rows beside other siblings.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[dict[str, Any]]
+    judge: Judge
+    section: EvaluationSection
+    settings: dict[str, Any]
+    meta: dict[str, Any]
+    limits: list[int]
+    methods: Sequence[str | Chooser]
+    controls: bool
+    probing: bool
+    probe_rows: int
+
+    def run(self, directory: Path) -> Results:
+        """Raises UserError if the directory holds samples of other settings."""
+        state = PartialState()
+        if state.is_main_process:
+            claim(directory, self.settings)
+        state.wait_for_everyone()
+        store = SampleStore(directory / "samples", state.process_index)
+        evaluation = self.plan(store)
+        if state.is_main_process and evaluation.done:
+            print(f"{directory}: going on, {len(evaluation.done)} groups are there already", flush=True)
+        with Bar(self.settings["suite"], num_completions(evaluation.shares())) as bar:
+            groups = evaluation.run(bar.update)
+        probes = self.probe(evaluation, groups) if self.probing and state.is_main_process else None
+        results = analyse(groups, self.section.widths, listens(self.model), self.meta, self.methods, probes)
+        if state.is_main_process:
+            self.write(directory, groups, results)
+        return results
+
+    def plan(self, store: SampleStore) -> Evaluation:
+        limit, seed = self.settings["max_new_tokens"], self.settings["seed"]
+        return plan_evaluation(
+            self.model,
+            self.tokenizer,
+            self.rows,
+            self.judge,
+            self.section,
+            limit,
+            seed,
+            store,
+            controls=self.controls,
+            limits=self.limits,
+        )
+
+    def probe(self, evaluation: Evaluation, groups: Sequence[SampledGroup]) -> Probes:
+        """At the trained width, else at the largest that was sampled."""
+        sweeps = {sweep.width: sweep for sweep in evaluation.sweeps if sweep.condition == "model"}
+        sweep = sweeps.get(self.meta["trained_width"]) or sweeps[max(sweeps)]
+        assert isinstance(evaluation.sampler, ModelSampler)
+        with Bar("probes", 0) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return run_probes(
+                self.model,
+                self.tokenizer,
+                self.rows,
+                groups,
+                sweep.width,
+                evaluation.sampler.params,
+                lambda group: sweep.index_of(group.problem, group.group),
+                self.judge,
+                max_rows=self.probe_rows,
+                progress=progress,
+            )
+
+    def write(self, directory: Path, groups: Sequence[SampledGroup], results: Results) -> None:
+        """What reports are made of, the reports, and the table on the terminal."""
+        write_for_readers(directory, self.rows, groups, self.tokenizer)
+        write_results(results, directory / "results.json")
+        page = write_report(directory)[0]
+        print(f"\n{results.meta['suite']}\n{as_table(results.summaries)}")
+        for verdict in results.verdicts:
+            print(verdict)
+        print(f"results, samples, tables and plots are in {directory}; the page is {page}", flush=True)
+
+
+def make_job(
+    args: argparse.Namespace,
+    suite: Suite,
+    widths: list[int],
+    lengths: list[int] | None,
+    methods: Sequence[str | Chooser],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Job:
+    """What the arguments ask for; for what they do not say, what the run's recipe, the suite and the house say."""
+    trained = trained_with(args.model)
+    limit = first(
+        args.max_new_tokens,
+        trained and (trained.evaluation.max_new_tokens or trained.rollout.max_new_tokens),
+        suite.max_new_tokens,
+    )
+    section = EvaluationSection(
+        widths=widths,
+        samples=args.samples,
+        temperature=first(args.temperature, trained and trained.evaluation.temperature, 1.0),
+        top_p=first(args.top_p, trained and trained.evaluation.top_p, 1.0),
+        max_new_tokens=limit,
+        max_rows=args.max_rows,
+    )
+    say_uneven_samples(section)
+    data = trained.data if trained else DataSection(train=suite.source, prompt=suite.prompt)
+    problems = load_suite(suite, "--suite", args.seed)[: args.problems]
+    rows = make_prompts(problems, data, conversational=tokenizer.chat_template is not None).to_list()
+    reward = reward_of(args.reward, suite, trained)
+    trained_length = trained.rollout.max_new_tokens if trained else None
+    limits = lengths_below(limit, trained_length) if lengths is None else lengths
+    if max(limits) > limit:
+        raise UserError(
+            f"--lengths goes up to {max(limits)}, but completions have at most {limit} tokens: raise --max-new-tokens."
+        )
+    settings = {
+        "model": args.model,
+        "weights": whole_fingerprint(model),
+        "suite": suite.name,
+        "problems": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
+        "reward": reward.function,
+        "temperature": section.temperature,
+        "top_p": section.top_p,
+        "max_new_tokens": limit,
+        "samples": section.samples,
+        "seed": args.seed,
+        "lengths": limits,
+    }
+    meta = {
+        **settings,
+        "prompt": data.prompt,
+        "source": suite.source.path,
+        "source_commit": suite.commit,
+        "licence": suite.licence,
+        "trained_width": trained.rollout.width if trained else None,
+        "trained_length": trained_length,
+        **provenance(),
+    }
+    listening = listens(model)
+    if (args.controls or args.probes) and not listening and PartialState().is_main_process:
+        print("--controls and --probes are left out: without a Bridge no row hears another.", flush=True)
+    return Job(
+        model=model,
+        tokenizer=tokenizer,
+        rows=rows,
+        judge=Judge.of(reward),
+        section=section,
+        settings=settings,
+        meta=meta,
+        limits=limits,
+        methods=methods,
+        controls=args.controls and listening,
+        probing=args.probes and listening,
+        probe_rows=args.probe_rows,
+    )
+
+
+def trained_with(model: str) -> Recipe | None:
+    """The recipe that a run left beside its model: prompts and sampling are then those it was trained for."""
+    path = Path(model) / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def reward_of(named: str | None, suite: Suite, trained: Recipe | None) -> RewardSection:
+    """The one that was named; else, of a file of problems, what the run was trained with; else the suite's."""
+    if named is not None:
+        return RewardSection(named)
+    return trained.rewards[0] if trained and suite.is_file else suite.reward
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def lengths_below(limit: int, trained: int | None) -> list[int]:
+    """The limit, its half, quarter and eighth, and the length of training if that is below."""
+    parts = {limit // part for part in (8, 4, 2, 1)} | {trained or limit}
+    return sorted(length for length in parts if 0 < length <= limit)
+
+
+def say_uneven_samples(section: EvaluationSection) -> None:
+    for width in section.widths:
+        if section.samples % width != 0 and PartialState().is_main_process:
+            taken = width * groups_per_problem(section, width)
+            print(f"width {width}: {taken} samples a problem, not {section.samples}", flush=True)
+
+
+def claim(directory: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new directory; raise UserError if it holds samples of others."""
+    path = directory / SETTINGS_FILE
+    if not path.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text())
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{directory} holds samples made with {key} {before.get(key)!r}, not {value!r} ({path}): go on with "
+                "that, give another --output, or delete the directory."
+            )

@@ -1,0 +1,59 @@
+"""Score completions with a reward function in TRL's signature, and find their final answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bridge_rl.config import RewardSection
+from bridge_rl.evaluation.metrics import RIGHT
+from bridge_rl.group import groups_of, repeat_for_rows
+from bridge_rl.models import load_final_answer, load_reward
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of one group's rows: final answers in comparable form (None: unparsed), right or not, and verdicts.
+
+    verdicts: what the reward logs under that name (`ok`, `unparsed`, `timeout`, `error`); of a reward that logs
+    none, `ok` or `unparsed` by the answers.
+    """
+
+    answers: list[str | None]
+    correct: list[bool]
+    verdicts: list[str]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A completion is right when its reward is above `metrics.RIGHT`."""
+
+    reward: Callable[..., list[float | None]]
+    final_answer: Callable[[str], str | None]
+
+    @classmethod
+    def of(cls, section: RewardSection, number: int = 0) -> "Judge":
+        """By the reward that a recipe names, and the `final_answer` beside it. Raises UserError if there is none."""
+        return cls(load_reward(section, number), load_final_answer(section))
+
+    def __call__(
+        self, rows: Sequence[dict[str, Any]], completions: Sequence[list[str]], tokens: Sequence[list[list[int]]]
+    ) -> list[Judged]:
+        """One group of completions for each of `rows` (with `prompt`, `problem`, `answer`), all of one width."""
+        if not rows:
+            return []
+        width = len(completions[0])
+        columns = {key: repeat_for_rows([row[key] for row in rows], width) for key in rows[0]}
+        texts = [text for group in completions for text in group]
+        logged: dict[str, list[Any]] = {}
+        scores = self.reward(
+            completions=texts,
+            completion_ids=[ids for group in tokens for ids in group],
+            log_extra=logged.__setitem__,
+            log_metric=lambda name, value: None,  # rates of a batch: the verdicts of each row say more
+            **columns,
+        )
+        answers = [self.final_answer(text) for text in texts]
+        correct = [score is not None and score > RIGHT for score in scores]
+        verdicts = logged.get("verdict") or ["unparsed" if answer is None else "ok" for answer in answers]
+        by_group = (groups_of(values, width) for values in (answers, correct, verdicts))
+        return [Judged(*group) for group in zip(*by_group, strict=True)]

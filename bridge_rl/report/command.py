@@ -1,0 +1,210 @@
+"""`bridge-rl report`: page, figures and tables of evaluations, and comparisons of several."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.aggregate import compare, regroup
+from bridge_rl.evaluation.results import Comparison, Results, read_results
+from bridge_rl.evaluation.samples import SampledGroup, SampleStore
+from bridge_rl.report import html, tables
+from bridge_rl.report.drawing import as_svg, save_png
+from bridge_rl.report.labels import METRICS
+from bridge_rl.report.plots import draw, widths_figure
+from bridge_rl.report.viewer import choose_groups, read_pieces, read_problems, viewer_data
+
+# What a reader who cannot see a figure is told.
+DESCRIPTIONS = {
+    "widths": "accuracy over width, with intervals",
+    "g_pass": "G-Pass over the threshold",
+    "controls": "accuracy of the controls",
+    "lengths": "accuracy over the limit on length",
+    "training": "training curves",
+    "norm_ratio": "norm ratio by layer",
+    "attention": "attention on siblings by layer",
+    "runs": "accuracy of several runs over width",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A directory of `bridge-rl eval`, read when asked for."""
+
+    directory: Path
+
+    @cached_property
+    def results(self) -> Results:
+        return read_results(self.directory / "results.json")
+
+    @property
+    def model(self) -> str:
+        return str(self.results.meta.get("model", self.directory))  # a run's own evaluations name none
+
+    @property
+    def suite(self) -> str | None:
+        return self.results.meta.get("suite")
+
+    @cached_property
+    def problems(self) -> dict[int, dict[str, Any]]:
+        return read_problems(self.directory / "problems.jsonl")
+
+    @cached_property
+    def groups(self) -> list[SampledGroup]:
+        """Empty where there are no samples beside the results."""
+        samples = self.directory / "samples"
+        return SampleStore(samples).read() if samples.is_dir() else []
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the reports of each directory; with several, compare the first with the others; save the W&B view."""
+    if not args.directories and args.wandb is None:
+        raise UserError("bridge-rl report: name a directory that bridge-rl eval wrote, or --wandb PROJECT.")
+    evaluations = [Evaluation(directory) for directory in args.directories]
+    for other in evaluations[1:]:
+        check_comparable(evaluations[0], other)
+    for place, evaluation in enumerate(evaluations):
+        others = evaluations[1:] if place == 0 else []
+        for path in write_evaluation(evaluation, args.run, others):
+            print(path)
+    if args.wandb is not None:
+        from bridge_rl.report.workspace import save_workspace  # a heavy import that only this needs
+
+        print(save_workspace(args.wandb, args.entity, dry_run=args.dry_run))
+
+
+def write_report(directory: Path, run: Path | None = None) -> list[Path]:
+    """Page, PNGs and tables of one evaluation, into its directory; returns what was written, the page first.
+
+    run: of training, for its curves; without it, the model's directory where that is a run. Raises UserError where
+    something that belongs to an evaluation is missing.
+    """
+    return write_evaluation(Evaluation(directory), run)
+
+
+def write_evaluation(evaluation: Evaluation, run: Path | None, others: Sequence[Evaluation] = ()) -> list[Path]:
+    """As `write_report`; with others, also their comparison with this one."""
+    results, viewer = evaluation.results, make_viewer(evaluation)
+    figures = draw(results, read_history(run_directory(evaluation, run)))
+    made = tables.result_tables(results)
+    texts = {"table.md": "\n".join(map(tables.as_markdown, made)), "table.tex": "\n".join(map(tables.as_latex, made))}
+    compared = None
+    if others:
+        compared = comparison_table(evaluation, others)
+        figures["runs"] = runs_figure([evaluation, *others])
+        texts["comparison.md"] = tables.as_markdown(compared)
+    other_names = run_names([evaluation, *others])[1:]
+    page = html.Page(evaluation.model, evaluation.suite, results, svgs(figures), viewer, compared, other_names)
+    return write_files(evaluation.directory, {"report.html": html.render(page), **texts}, figures)
+
+
+def write_files(directory: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> list[Path]:
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    for name, figure in figures.items():
+        save_png(figure, directory / f"{name}.png")
+    return [directory / name for name in [*texts, *(f"{name}.png" for name in figures)]]
+
+
+def svgs(figures: Mapping[str, Figure]) -> dict[str, str]:
+    return {name: as_svg(figure, name, DESCRIPTIONS[name]) for name, figure in figures.items()}
+
+
+def make_viewer(evaluation: Evaluation) -> html.Viewer | None:
+    """None where an evaluation has no samples beside its results."""
+    if not evaluation.groups:
+        return None
+    chosen = choose_groups(evaluation.groups)
+    pieces = read_pieces(evaluation.directory / "pieces.json")
+    start_width = evaluation.results.meta.get("trained_width")
+    data = viewer_data(chosen, evaluation.problems, pieces, start_width)
+    return html.Viewer(data, len(evaluation.groups), len(chosen))
+
+
+def run_directory(evaluation: Evaluation, run: Path | None) -> Path | None:
+    """The run that was named; else the one that made the model or in whose directory the evaluation is, if any."""
+    if run is not None:
+        if not (run / "history.jsonl").is_file():
+            raise UserError(f"--run: there is no {run / 'history.jsonl'}: name the output_dir of a finished run.")
+        return run
+    candidates = [Path(evaluation.model), evaluation.directory.absolute().parent.parent]
+    return next((candidate for candidate in candidates if (candidate / "history.jsonl").is_file()), None)
+
+
+def read_history(run: Path | None) -> list[dict[str, Any]]:
+    if run is None:
+        return []
+    return [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# -- several runs ---------------------------------------------------------------------------------------------------
+
+
+def check_comparable(first: Evaluation, second: Evaluation) -> None:
+    """Raise UserError unless both answered the same problems of the same suite."""
+    if first.suite != second.suite:
+        raise UserError(
+            f"{first.directory} and {second.directory} cannot be compared: one is on {first.suite}, the other on "
+            f"{second.suite}; evaluate both on one suite."
+        )
+    asked = [{n: (p["text"], p["answer"]) for n, p in e.problems.items()} for e in (first, second)]
+    if asked[0] != asked[1]:
+        raise UserError(
+            f"{first.directory} and {second.directory} cannot be compared: their problems differ; evaluate both with "
+            "the same --suite, --problems and --seed."
+        )
+
+
+def comparison_table(evaluation: Evaluation, others: Sequence[Evaluation]) -> tables.Table:
+    comparisons = [comparison for other in others for comparison in compare_runs(evaluation, other)]
+    return tables.comparison_table(comparisons, "Runs compared")
+
+
+def runs_figure(evaluations: Sequence[Evaluation]) -> Figure:
+    """Accuracy over width, one line a run."""
+    names = run_names(evaluations)
+    return widths_figure(
+        {
+            name: [summary for summary in evaluation.results.summaries if summary.condition == "model"]
+            for name, evaluation in zip(names, evaluations, strict=True)
+        }
+    )
+
+
+def compare_runs(first: Evaluation, second: Evaluation) -> list[Comparison]:
+    """Each of the important metrics at every width that both have: first minus second."""
+    names = run_names([first, second])
+    ours, theirs = by_width(first), by_width(second)
+    widths = sorted(ours.keys() & theirs.keys())
+    if not widths:
+        raise UserError(f"{first.directory} and {second.directory} have no width in common: evaluate both at one.")
+    return [
+        compare(ours[width], theirs[width], metric, f"width {width}", *names)
+        for width in widths
+        for metric in (METRICS if width > 1 else ["pass@1"])  # of a row alone they are all the same
+    ]
+
+
+def by_width(evaluation: Evaluation) -> dict[int, list[SampledGroup]]:
+    """Groups of the model as it is. Rows of a model without a Bridge were sampled one by one and serve every width."""
+    sampled: dict[int, list[SampledGroup]] = {}
+    for group in evaluation.groups:
+        if group.condition == "model":
+            sampled.setdefault(group.width, []).append(group)
+    widths = {summary.width for summary in evaluation.results.summaries if summary.condition == "model"}
+    regrouped = {width: regroup(sampled[1], width) for width in widths - sampled.keys() if 1 in sampled}
+    return {**sampled, **regrouped}
+
+
+def run_names(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Each one's model; its directory where two have the same model."""
+    models = [evaluation.model for evaluation in evaluations]
+    if len(set(models)) == len(models):
+        return models
+    return [str(evaluation.directory) for evaluation in evaluations]

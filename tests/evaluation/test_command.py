@@ -1,0 +1,236 @@
+"""`bridge-rl eval` as a user runs it: files, controls, probes, resumption after SIGKILL, two ranks, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import switch_on
+
+import bridge_rl as br
+from bridge_rl.cli import main
+from bridge_rl.config import ModelSection
+from bridge_rl.evaluation.results import Estimate, Results, Summary, read_results
+from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.models import load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--widths", "1,2,4", "--samples", "4", "--problems", "8"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The embedded model with a Bridge that does something, whole in one directory."""
+    section = ModelSection("package://bridge_rl/tiny/model")
+    torch.manual_seed(0)
+    model = br.attach_bridge(load_model(section), br.BridgeConfig(num_heads=2, head_dim=8))
+    with torch.no_grad():
+        for _, parameter in br.bridge_parameters(switch_on(model)):
+            parameter.mul_(0.6)
+    directory = tmp_path_factory.mktemp("model") / "bridge"
+    br.save_bridge(model, directory, merged=True)
+    load_tokenizer(section).save_pretrained(directory)
+    return directory
+
+
+def evaluate(model, output, *options) -> Results:
+    main(["eval", "--model", str(model), *SMALL, "--output", str(output), *options])
+    return read_results(Path(output) / "results.json")
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint, tmp_path_factory) -> tuple[Path, Results]:
+    output = tmp_path_factory.mktemp("eval") / "out"
+    return output, evaluate(checkpoint, output, "--controls", "--probes", "--lengths", "8,32")
+
+
+def test_an_evaluation_leaves_table_json_plots_and_page(evaluated):
+    names = {path.name for path in evaluated[0].iterdir()}
+    wanted = {"results.json", "samples", "report.html", "table.md", "table.tex", "widths.png", "controls.png"}
+    assert wanted <= names
+    assert len((evaluated[0] / "problems.jsonl").read_text().splitlines()) == 8
+
+
+def test_every_condition_has_its_widths(evaluated):
+    settings = {(summary.condition, summary.width) for summary in evaluated[1].summaries}
+    assert settings == {
+        *((condition, width) for condition in ("model", "disabled") for width in (1, 2, 4)),
+        ("shuffled", 2),
+        ("shuffled", 4),
+    }
+    assert evaluated[1].verdicts
+    assert evaluated[1].comparisons
+    assert {point.limit for point in evaluated[1].lengths} == {8, 32}
+    assert evaluated[1].probes is not None
+    assert evaluated[1].probes.width == 4
+
+
+def test_shuffled_siblings_are_other_samples_on_the_same_draws(evaluated):
+    groups = {group.key: group for group in SampleStore(evaluated[0] / "samples").read()}
+    pairs = [(g, groups[("model", *key[1:])]) for key, g in groups.items() if key.condition == "shuffled"]
+    assert pairs
+    # The first token comes before any sibling is heard.
+    assert all([row[0] for row in a.tokens] == [row[0] for row in b.tokens] for a, b in pairs)
+    assert sum(a.tokens != b.tokens for a, b in pairs) > len(pairs) / 4
+
+
+def test_the_model_judged_at_a_limit_is_the_model_sampled_with_it(checkpoint, evaluated, tmp_path):
+    short = evaluate(checkpoint, tmp_path, "--max-new-tokens", "8", "--lengths", "8")
+    cut = {(p.condition, p.width): p for p in evaluated[1].lengths if p.limit == 8}
+    for point in short.lengths:
+        assert point == cut[point.condition, point.width]
+
+
+def test_a_second_run_samples_nothing_and_finds_the_same(checkpoint, evaluated, capsys):
+    before = (evaluated[0] / "samples" / "rank_0.jsonl").read_bytes()
+    again = evaluate(checkpoint, evaluated[0], "--controls", "--probes", "--lengths", "8,32")
+    assert "groups are there already" in capsys.readouterr().out
+    assert (evaluated[0] / "samples" / "rank_0.jsonl").read_bytes() == before
+    assert again.summaries == evaluated[1].summaries
+    assert again.verdicts == evaluated[1].verdicts
+
+
+def test_a_base_is_sampled_once_and_says_what_it_leaves_out(tmp_path, capsys):
+    results = evaluate("package://bridge_rl/tiny/model", tmp_path, "--controls")
+    assert "--controls and --probes are left out: without a Bridge" in capsys.readouterr().out
+    assert [(summary.condition, summary.width) for summary in results.summaries] == [("model", w) for w in (1, 2, 4)]
+    assert len({summary.metrics["pass@1"].value for summary in results.summaries}) == 1
+    assert len(SampleStore(tmp_path / "samples").read()) == 8 * 4
+
+
+def test_a_users_file_reward_and_function_are_taken(checkpoint, tmp_path):
+    (tmp_path / "problems.jsonl").write_text(
+        "".join(json.dumps({"problem": f"{n},11,12,13,14,15:{n + 11}", "answer": str(n)}) + "\n" for n in (20, 21, 22))
+    )
+    (tmp_path / "mine.py").write_text(
+        "def reward(completions, **kwargs):\n    return [float('!' in c) for c in completions]\n"
+        "def final_answer(completion):\n    return completion[-1:] or None\n"
+        "def last(rows):\n    return len(rows) - 1\n"
+    )
+    mine = f"{tmp_path / 'mine.py'}"
+    options = ["--suite", str(tmp_path / "problems.jsonl"), "--reward", f"{mine}:reward", "--aggregate", f"{mine}:last"]
+    results = evaluate(checkpoint, tmp_path / "out", *options)
+    assert {found.method for found in results.aggregated} == {"majority", "best-of-n", "last"}
+    groups = SampleStore(tmp_path / "out" / "samples").read()
+    assert {group.problem for group in groups} == {0, 1, 2}
+    for group in groups:
+        assert group.correct == ["!" in text for text in group.completions]
+        assert group.answers == [text[-1:] or None for text in group.completions]
+    of_4 = [group for group in groups if group.width == 4]
+    [last] = [found for found in results.aggregated if (found.method, found.width) == ("last", 4)]
+    assert last.accuracy.value == pytest.approx(sum(group.correct[-1] for group in of_4) / len(of_4))
+
+
+def test_several_suites_have_a_directory_each_and_a_mean(checkpoint, tmp_path, capsys):
+    for name, numbers in (("a", (20, 21)), ("b", (22,))):
+        rows = [{"problem": f"{n},11,12,13,14,15:{n + 11}", "answer": str(n)} for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suites = f"tiny,{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    overall = evaluate(checkpoint, tmp_path / "out", "--suite", suites, "--reward", "rewards/two_tries.py:correct")
+    parts = [read_results(tmp_path / "out" / name / "results.json") for name in ("tiny", "a", "b")]
+    for place, summary in enumerate(overall.summaries):
+        mean = sum(part.summaries[place].metrics["any"].value for part in parts) / 3
+        assert summary.metrics["any"].value == pytest.approx(mean)
+    assert "mean over 3 suites" in capsys.readouterr().out
+
+
+def test_the_mean_over_suites_by_hand():
+    from bridge_rl.evaluation.command import mean_over_suites
+
+    def results(value, low, high):
+        return Results({}, [Summary("model", 4, 10, 2, {"pass@1": Estimate(value, low, high)})])
+
+    [found] = mean_over_suites({"a": results(0.5, 0.2, 0.7), "b": results(0.3, -0.1, 0.5)})
+    assert found.problems == 20
+    # below .3 and .4: sqrt(.09 + .16) / 2 = .25; above .2 and .2: sqrt(.08) / 2
+    assert found.metrics["pass@1"].value == pytest.approx(0.4)
+    assert found.metrics["pass@1"].low == pytest.approx(0.15)
+    assert found.metrics["pass@1"].high == pytest.approx(0.4 + 0.08**0.5 / 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--suite", "math50"], "there is no suite 'math50'"),
+        (["--suite", "no.jsonl"], "there is no file no.jsonl"),
+        (["--widths", "1,x"], "--widths is '1,x'"),
+        (["--widths", "0"], "each must be at least 1"),
+        (["--lengths", "64"], "--lengths goes up to 64, but completions have at most 32"),
+        (["--aggregate", "mean"], "--aggregate: 'mean' names no function"),
+        (["--reward", "rewards/answer.py:wrong"], "rewards/answer.py has no function 'wrong'"),
+        (["--widths", "1,9", "--controls", "--problems", "8"], "need 9 problems at width 9, there are 8"),
+        (["--max-rows", "2"], "must hold a group of the largest"),
+        (["--seed", "1"], "holds samples made with seed 0, not 1"),
+        (["--samples", "8"], "holds samples made with samples 4, not 8"),
+        (["--problems", "4"], "holds samples made with problems"),
+    ],
+)
+def test_a_mistake_is_one_sentence(checkpoint, evaluated, capsys, options, complaint):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(checkpoint, evaluated[0], "--lengths", "8,32", *options)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert complaint in error
+
+
+def test_other_weights_do_not_go_on_with_samples(checkpoint, evaluated, tmp_path, capsys):
+    model = br.load_bridge(checkpoint)
+    with torch.no_grad():
+        next(p for _, p in br.bridge_parameters(model)).add_(1e-5)
+    br.save_bridge(model, checkpoint, merged=True)
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, evaluated[0], "--lengths", "8,32")
+    assert "holds samples made with weights" in capsys.readouterr().err
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def lines_of(directory: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in directory.glob("rank_*.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_numbers(tmp_path):
+    """SIGKILL while it samples, in every kind of sweep; and two ranks end with the numbers of one."""
+    run = tmp_path / "run"
+    training = ["training.max_steps=2", "warmup.problems=32", "warmup.steps=3", "data.eval=null", f"output_dir={run}"]
+    main(["train", "recipes/tiny_arith.yaml", *training, "training.per_device_train_batch_size=16"])
+    options = ["--model", str(run), "--problems", "64", "--widths", "1,4", "--samples", "8", "--controls"]
+    evaluate(run, tmp_path / "whole", *options)
+    expected = read_results(tmp_path / "whole" / "results.json")
+    total = lines_of(tmp_path / "whole" / "samples")
+
+    command = [sys.executable, "launch/eval.py", *options, "--output", str(tmp_path / "cut")]
+    seen = []
+    for share in (0.1, 0.5, 0.8):
+        process = start(command)
+        while lines_of(tmp_path / "cut" / "samples") < share * total and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        seen.append(lines_of(tmp_path / "cut" / "samples"))
+    assert 0 < seen[0] < seen[1] < seen[2] < total, "a kill came too late: it would prove little"
+    # The last launch is of two ranks, which share what is left.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    last = start([*launcher, "--config_file", "launch/accelerate/cpu_ddp.yaml", *command[1:]])
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output[-3000:]
+    found = read_results(tmp_path / "cut" / "results.json")
+    assert found.summaries == expected.summaries
+    assert found.verdicts == expected.verdicts
+    assert found.aggregated == expected.aggregated
+    assert lines_of(tmp_path / "cut" / "samples") == total
+    assert (tmp_path / "cut" / "samples" / "rank_1.jsonl").is_file()
+    whole, cut = (SampleStore(tmp_path / name / "samples").read() for name in ("whole", "cut"))
+    assert [(g.key, g.tokens, g.answers, g.correct) for g in whole] == [
+        (g.key, g.tokens, g.answers, g.correct) for g in cut
+    ]

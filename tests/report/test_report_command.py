@@ -1,0 +1,161 @@
+import argparse
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from report.made import make_evaluation, make_group
+
+from bridge_rl.cli import add_report_arguments
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.aggregate import compare
+from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.report import command, tables
+
+WRITTEN = [
+    "report.html",
+    "table.md",
+    "table.tex",
+    "widths.png",
+    "g_pass.png",
+    "controls.png",
+    "lengths.png",
+    "norm_ratio.png",
+    "attention.png",
+]
+
+
+def report(*words: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_report_arguments(parser)
+    command.report(parser.parse_args(words))
+
+
+def copy(evaluation: Path, to: Path, **meta) -> Path:
+    """The same evaluation of another model, with `meta` changed."""
+    shutil.copytree(evaluation, to)
+    results = json.loads((to / "results.json").read_text())
+    results["meta"] |= {"model": f"runs/{to.name}", **meta}
+    (to / "results.json").write_text(json.dumps(results))
+    return to
+
+
+def test_one_directory_gives_page_tables_and_figures(tmp_path, run, capsys):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    report(str(directory))
+    assert capsys.readouterr().out.split() == [str(directory / name) for name in WRITTEN]
+    assert {path.name for path in directory.iterdir()} == {
+        *WRITTEN, "results.json", "samples", "problems.jsonl", "pieces.json"
+    }  # fmt: skip
+    assert "| model | 2 | 60 | 4 | 0.480 [0.450, 0.510] |" in (directory / "table.md").read_text()
+    assert "model & 2 & 60 & 4 & 0.480 [0.450, 0.510] &" in (directory / "table.tex").read_text()
+    report(str(directory), "--run", str(run))
+    assert (directory / "training.png").is_file()
+
+
+def test_curves_of_the_model_itself_are_found(tmp_path, run):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2), model=str(run))
+    assert directory / "training.png" in command.write_report(directory)
+
+
+def test_page_of_four_widths_and_controls_takes_a_few_seconds(tmp_path, run):
+    """About 2 s on one core, with matplotlib loaded; evaluations promise to end within a time of which this is part."""
+    directory = make_evaluation(tmp_path / "eval", problems=60, steps=200)
+    start = time.process_time()
+    command.write_report(directory, run)
+    assert time.process_time() - start < 8
+
+
+def test_results_without_samples_give_a_page_without_a_viewer(tmp_path):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    shutil.rmtree(directory / "samples")
+    [page, *_] = command.write_report(directory)
+    assert 'id="groups"' not in page.read_text()
+    assert not (directory / "samples").exists()
+
+
+@pytest.mark.parametrize("name", ["results.json", "problems.jsonl", "pieces.json"])
+def test_missing_files_are_named(tmp_path, name):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    (directory / name).unlink()
+    with pytest.raises(UserError, match=name):
+        command.write_report(directory)
+
+
+def test_a_run_without_history_is_refused(tmp_path):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    with pytest.raises(UserError, match="--run: there is no"):
+        report(str(directory), "--run", str(tmp_path))
+
+
+def test_runs_are_compared_on_the_same_problems(tmp_path):
+    first = copy(make_evaluation(tmp_path / "made", problems=12, widths=(1, 4)), tmp_path / "first")
+    made = make_evaluation(tmp_path / "other", problems=12, widths=(1, 4), seed=5)
+    second = copy(made, tmp_path / "second")
+    report(str(first), str(second))
+    assert (first / "runs.png").is_file()
+    assert not (second / "comparison.md").exists()
+    lines = (first / "comparison.md").read_text().splitlines()[4:]
+    found = [line.split(" | ")[0].removeprefix("| width ") for line in lines]
+    assert found == ["1", *"4444"]  # of a row alone, every metric is the same
+
+    groups = [
+        [g for g in SampleStore(d / "samples").read() if (g.condition, g.width) == ("model", 4)]
+        for d in (first, second)
+    ]
+    expected = compare(*groups, "pass@1", "width 4", "runs/first", "runs/second")
+    assert expected.difference.value != 0
+    assert tables.as_markdown(tables.comparison_table([expected])).splitlines()[4] in lines
+    assert "Runs compared" in (first / "report.html").read_text()
+
+
+def test_rows_without_a_bridge_are_compared_at_every_width(tmp_path):
+    first = command.Evaluation(make_evaluation(tmp_path / "bridge", widths=(1, 2, 4), problems=12))
+    second = command.Evaluation(make_evaluation(tmp_path / "base", widths=(1, 2, 4), problems=12, model="base"))
+    for path in (second.directory / "samples").iterdir():
+        path.unlink()
+    rng = random.Random(0)
+    alone = [make_group(rng, "model", 1, problem, number, 20) for problem in range(12) for number in range(8)]
+    SampleStore(second.directory / "samples").append(alone)
+    comparisons = command.compare_runs(first, second)
+    assert [(c.name, c.metric) for c in comparisons if c.metric in ("pass@1", "any")] == [
+        ("width 1", "pass@1"), ("width 2", "pass@1"), ("width 2", "any"), ("width 4", "pass@1"), ("width 4", "any")
+    ]  # fmt: skip
+    pairs = [any(group.correct[0] for group in alone[at : at + 2]) for at in range(0, len(alone), 2)]
+    ours = [any(group.correct) for group in first.groups if group.key[:2] == ("model", 2)]
+    [any_of_two] = [c for c in comparisons if (c.name, c.metric) == ("width 2", "any")]
+    assert any_of_two.difference.value == pytest.approx(sum(ours) / len(ours) - sum(pairs) / len(pairs))
+
+
+def test_runs_of_one_model_are_called_by_their_directories(tmp_path):
+    first = make_evaluation(tmp_path / "first", problems=3, widths=(1, 2))
+    second = make_evaluation(tmp_path / "second", problems=3, widths=(1, 2))
+    names = command.run_names([command.Evaluation(first), command.Evaluation(second)])
+    assert names == [str(first), str(second)]
+
+
+def test_runs_on_other_problems_are_refused(tmp_path):
+    first = make_evaluation(tmp_path / "first", problems=3, widths=(1, 2))
+    with pytest.raises(UserError, match="one is on math & <b>more</b>, the other on tiny; evaluate both on one suite"):
+        report(str(first), str(copy(first, tmp_path / "suite", suite="tiny")))
+    fewer = make_evaluation(tmp_path / "fewer", problems=2, widths=(1, 2))
+    with pytest.raises(UserError, match="their problems differ"):
+        report(str(first), str(fewer))
+    other_widths = make_evaluation(tmp_path / "widths", problems=3, widths=(3,))
+    with pytest.raises(UserError, match="no width in common"):
+        report(str(first), str(other_widths))
+    assert not (first / "comparison.md").exists()
+
+
+def test_nothing_to_report_on_is_refused():
+    with pytest.raises(UserError, match="name a directory"):
+        report()
+
+
+def test_the_wandb_view_needs_no_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    report("--wandb", "some-project", "--dry-run")
+    assert "nothing was sent" in capsys.readouterr().out
+    assert "some-project" in (tmp_path / "wandb_workspace.json").read_text()

@@ -1,0 +1,69 @@
+from report.made import make_results
+
+from bridge_rl.evaluation.results import Comparison, Estimate, Summary
+from bridge_rl.report import tables
+from bridge_rl.report.labels import estimate
+
+
+def test_estimates_are_written_with_their_intervals():
+    assert estimate(Estimate(0.4314, 0.404, 0.4591)) == "0.431 [0.404, 0.459]"
+    assert estimate(Estimate(0.5)) == "0.500"
+    assert estimate(Estimate(231.44, 220.0, 1520.4)) == "231.4 [220.0, 1,520]"
+    assert tables.shorter(Estimate(-0.5, -10.25, 0.25)) == "-.500 [-10.2, .250]"
+
+
+def test_terminal_table_fits_120_columns_with_the_important_metrics_first():
+    text = tables.as_table(make_results((1, 2, 4, 8, 16)).summaries)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0].split()[:7] == ["condition", "width", "groups", "pass@1", "maj", "all", "any"]
+    assert "model                 16  60 x 1  .630 [.600, .660]" in text
+    assert len([line for line in lines if line.startswith("shuffled siblings")]) == 4
+    left_out = text.partition("also in results.json: ")[2]
+    assert "g-pass_0.5" in left_out
+    assert "pass@1" not in left_out
+
+
+def test_terminal_table_of_few_metrics_has_them_all():
+    summaries = [Summary("model", 2, 3, 4, {"any": Estimate(1.0), "pass@1": Estimate(0.5, 0.25, 0.75)})]
+    assert tables.as_table(summaries) == (
+        "condition  width  groups             pass@1    any\n"
+        "model          2   3 x 4  .500 [.250, .750]  1.000"
+    )  # fmt: skip
+
+
+def test_markdown_and_latex_escape_what_users_wrote():
+    comparison = Comparison("a|b", "pass@1", "runs/x_1 & co", "50 % <b>$y$", Estimate(0.1, 0.05, 0.15), 0.0004, 30)
+    table = tables.comparison_table([comparison], "Runs_1")
+    markdown = tables.as_markdown(table).splitlines()
+    assert markdown[0] == "### Runs_1"
+    assert markdown[3] == "| :--- | :--- | :--- | :--- | ---: | ---: | ---: |"
+    assert markdown[4] == (r"| a\|b | runs/x\_1 & co | 50 % \<b\>$y$ | pass@1 | 0.100 [0.050, 0.150] | \<0.001 | 30 |")
+    latex = tables.as_latex(table)
+    assert r"a|b & runs/x\_1 \& co & 50 \% \textless{}b\textgreater{}\$y\$ & pass@1 &" in latex
+    assert r"\caption{Runs\_1}" in latex
+    assert r"\begin{tabular}{llllrrr}" in latex
+    assert tables.escape_latex(r"\a^b~{c}#") == r"\textbackslash{}a\textasciicircum{}b\textasciitilde{}\{c\}\#"
+
+
+def test_every_latex_row_has_as_many_cells_as_columns():
+    for table in tables.result_tables(make_results()):
+        latex = tables.as_latex(table)
+        columns = latex.partition(r"\begin{tabular}{")[2].partition("}")[0]
+        rows = [line for line in latex.splitlines() if line.endswith(r" \\")]
+        assert len(rows) == 1 + len(table.rows)
+        assert {row.count(" & ") + 1 for row in rows} == {len(columns)}
+
+
+def test_tables_stand_only_for_what_was_evaluated():
+    titles = [table.title for table in tables.result_tables(make_results())]
+    assert titles == [
+        "Accuracy by width",
+        "All metrics",
+        "Controls and comparisons",
+        "One answer a problem, by cost",
+        "Accuracy by length",
+        "A wrong row with other siblings",
+    ]
+    bare = tables.result_tables(type(make_results())({}, make_results().summaries))
+    assert [table.title for table in bare] == titles[:2]
