@@ -113,7 +113,19 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, default=None, help="training run for its curves; default: the model's")
     parser.add_argument("--wandb", default=None, metavar="PROJECT", help="save a dashboard for this W&B project")
     parser.add_argument("--entity", default=None, help="whose W&B project; default: the key's")
+    parser.add_argument("--widths", default="1,2,4,8", help="of the evaluations in the W&B dashboard")
     parser.add_argument("--dry-run", action="store_true", help="write the W&B dashboard to a file, send nothing")
+
+
+def parse_numbers(flag: str, text: str, example: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4], sorted, each once. Raises UserError for anything else."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UserError(f"{flag} is '{text}': write numbers with commas between, such as {example}.") from error
+    if numbers[0] < 1:
+        raise UserError(f"{flag} is '{text}': each must be at least 1, such as {example}.")
+    return numbers
 
 
 def run_recipe(args: argparse.Namespace) -> None:

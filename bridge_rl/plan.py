@@ -32,7 +32,6 @@ MANAGED = {
     "reward_weights": "rewards.0.weight",
     "output_dir": "output_dir",
     "seed": "seed",
-    "report_to": "logging.wandb",
     "run_name": "logging.name",
     "eval_strategy": "evaluation.every",
     "eval_steps": "evaluation.every",

@@ -37,7 +37,7 @@ from bridge_rl.report import names
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
-from bridge_rl.report.tracking import start_tracking
+from bridge_rl.report.tracking import start_tracking, trackers
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
@@ -263,17 +263,19 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         "seed": recipe.seed,
         "output_dir": recipe.output_dir,
         "run_name": recipe.logging.name or Path(recipe.output_dir).name,
-        "report_to": ["wandb"] if recipe.logging.wandb != "off" else [],
+        "project": recipe.logging.project,
         "eval_strategy": "steps" if evaluating else "no",
         "eval_steps": recipe.evaluation.every if evaluating else None,
         "per_device_eval_batch_size": rollout.num_generations,  # of TRL's evaluation loop, which ours replaces
+        "log_completions": recipe.logging.wandb != "off",  # the dashboard's table
         "num_completions_to_print": 0,
         "ddp_timeout": int(PATIENCE.total_seconds()),
         "disable_tqdm": True,  # our own bar shows the reward
         "ddp_find_unused_parameters": False,
     }
+    decided = {"report_to": trackers(recipe), **device_arguments(recipe)}
     try:
-        return GRPOConfig(**{**options, **recipe.training, **device_arguments(recipe)})
+        return GRPOConfig(**{**options, **recipe.training, **decided})
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
 

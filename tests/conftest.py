@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import bridge_rl as br
 
+pytest_plugins = ["report.browser"]
+
 SHAPE = {
     "vocab_size": 50,
     "hidden_size": 32,

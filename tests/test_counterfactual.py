@@ -210,11 +210,15 @@ def test_a_forced_group_keeps_the_rows_place_and_gives_strangers_their_prompts()
 def test_every_problem_weighs_the_same():
     """Problem 0: one of two rows changed, none became right. Problem 1: its one row changed and became right."""
     outcomes = [Outcome(0, True, False, -0.2), Outcome(0, False, False, 0.0), Outcome(1, True, True, 0.5)]
-    found = summarize("right", outcomes)
+    # Beside wrong siblings the second row of problem 0 became right, and that of problem 1 did not.
+    beside_wrong = [Outcome(0, False, False, 0.0), Outcome(0, True, True, 0.0), Outcome(1, False, False, 0.0)]
+    found = summarize("right", outcomes, beside_wrong)
     assert (found.siblings, found.rows) == ("right", 3)
     assert found.changed.value == pytest.approx(0.75)
     assert found.became_right.value == pytest.approx(0.5)
     assert found.logprob.value == pytest.approx(0.2)
+    assert found.over_wrong.value == pytest.approx((-0.5 + 1) / 2)
+    assert summarize("wrong", beside_wrong, beside_wrong).over_wrong is None
     assert 0 <= found.changed.low < 0.75 < found.changed.high <= 1
     assert found.logprob.low < 0.2 < found.logprob.high
 

@@ -169,5 +169,5 @@ def test_the_benchmark_measures_every_cell(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     cells = json.loads(output.read_text())["cells"]
-    assert len(cells) == 3 * 2 * 5 * 4  # problems, spreads, rates, metrics
+    assert len(cells) == 3 * 3 * 5 * 5  # problems, spreads, rates, metrics
     assert all(0 <= cell["coverage"] <= 1 and cell["width"] > 0 for cell in cells)

@@ -5,10 +5,12 @@ import inspect
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers.integrations.integration_utils import rewrite_logs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from bridge_rl.report import names
 from bridge_rl.safety import _UNSAFE
 from bridge_rl.surgery import SERVED_FAMILIES
 from bridge_rl.trainer import BridgeGRPOTrainer
@@ -56,6 +58,19 @@ def test_the_sampler_keeps_a_generator_and_a_seed():
     sampler = RepeatSampler(range(4), mini_repeat_count=1, seed=3)
     assert sampler.generator.initial_seed() == 3
     assert "_load_from_checkpoint" in vars(Trainer)
+
+
+def test_trackers_are_given_the_keys_that_dashboards_show():
+    logged = [*names.TRAIN, names.norm_ratio(3), names.evaluation("pass@1", 4), "reward", "global_step"]
+    assert [names.in_tracker(name) for name in logged] == list(rewrite_logs(dict.fromkeys(logged)))
+
+
+def test_a_step_ends_before_its_metrics_are_logged():
+    """The meter's callback takes the time that `log` then shares out; both are the host's calls."""
+    source = inspect.getsource(Trainer)
+    begin, end = source.index("callback_handler.on_step_begin("), source.index("callback_handler.on_step_end(")
+    assert begin < end < source.index("self._maybe_log_save_evaluate(")
+    assert "self._metrics[mode].clear()" in inspect.getsource(GRPOTrainer.log)
 
 
 @pytest.mark.parametrize("option", [option for option, _, _ in _UNSAFE])

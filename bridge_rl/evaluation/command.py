@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bridge_rl.cli import parse_numbers
 from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
-from bridge_rl.errors import UserError
 from bridge_rl.evaluation.analyse import METHODS
 from bridge_rl.evaluation.job import make_job
 from bridge_rl.evaluation.results import Estimate, Results, Summary, write_results
@@ -88,17 +88,6 @@ def generate(args: argparse.Namespace) -> None:
     for number, (tokens, reason) in enumerate(zip(group.tokens, group.finish_reasons, strict=True)):
         print(f"--- row {number} ({len(tokens)} tokens, {reason})")
         print(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def parse_numbers(flag: str, text: str, example: str) -> list[int]:
-    """`1,2,4` -> [1, 2, 4], sorted, each once. Raises UserError for anything else."""
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise UserError(f"{flag} is '{text}': write numbers with commas between, such as {example}.") from error
-    if numbers[0] < 1:
-        raise UserError(f"{flag} is '{text}': each must be at least 1, such as {example}.")
-    return numbers
 
 
 def load_for_sampling(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

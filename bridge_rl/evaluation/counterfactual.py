@@ -113,7 +113,7 @@ def run_counterfactuals(
         return []
     size = max(1, rows_at_once // trials[0].row.group.width)
     before = [trial.row.logprob for trial in trials]
-    results = []
+    outcomes: dict[Siblings, list[Outcome]] = {}
     for number, kind in enumerate(KINDS):
         forced = [trial.forced(kind, prompt_ids, index_of(trial.row.group)) for trial in trials]
         scores = [sum(row) for row in score_free_rows(model, forced, params.temperature)]
@@ -124,10 +124,10 @@ def run_counterfactuals(
         texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
         problems = [rows[trial.row.problem] for trial in trials]
         judged = judge(problems, [[text] for text in texts], [[tokens] for tokens in sampled])
-        results.append(summarize(kind, compare(trials, judged, scores, before)))
+        outcomes[kind] = compare(trials, judged, scores, before)
         if kind == "own":
             before = scores
-    return results
+    return [summarize(kind, outcomes[kind], outcomes["wrong"]) for kind in KINDS]
 
 
 def compare(
@@ -144,17 +144,20 @@ def compare(
     return outcomes
 
 
-def summarize(kind: Siblings, outcomes: Sequence[Outcome]) -> Counterfactual:
-    """Each problem weighs the same, whatever the number of its rows."""
+def summarize(kind: Siblings, outcomes: Sequence[Outcome], beside_wrong: Sequence[Outcome]) -> Counterfactual:
+    """Each problem weighs the same, whatever the number of its rows. `beside_wrong`: what became of the same rows."""
     by_problem: dict[int, list[Outcome]] = {}
-    for outcome in outcomes:
+    gains: dict[int, list[float]] = {}
+    for outcome, other in zip(outcomes, beside_wrong, strict=True):
         by_problem.setdefault(outcome.problem, []).append(outcome)
+        gains.setdefault(outcome.problem, []).append(float(outcome.became_right) - float(other.became_right))
     problems = [by_problem[problem] for problem in sorted(by_problem)]
     return Counterfactual(
         siblings=kind,
         rows=len(outcomes),
         changed=estimate([[float(outcome.changed) for outcome in of] for of in problems]),
         became_right=estimate([[float(outcome.became_right) for outcome in of] for of in problems]),
+        over_wrong=None if kind == "wrong" else estimate(list(gains.values()), -1.0, 1.0),
         logprob=estimate([[outcome.logprob for outcome in of] for of in problems], -math.inf, math.inf),
     )
 

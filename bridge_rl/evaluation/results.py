@@ -74,7 +74,9 @@ class Counterfactual:
     """What becomes of wrong rows when other siblings are put beside them (see `evaluation.counterfactual`).
 
     siblings: what they are replaced by. rows: how many were tried. changed: share whose answer changes. became_right:
-    share that becomes right. logprob: mean change, in nats a token, of the row's own completion, re-scored.
+    share that becomes right. over_wrong: that share minus the one beside wrong siblings, which disturb a row without
+    telling it anything; paired on the same rows. logprob: mean change, in nats a token, of the row's own completion,
+    re-scored.
     """
 
     siblings: Literal["own", "right", "wrong", "other_prompt"]
@@ -82,6 +84,7 @@ class Counterfactual:
     changed: Estimate
     became_right: Estimate
     logprob: Estimate
+    over_wrong: Estimate | None = None
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,23 @@ def length_table(lengths: Sequence[LengthPoint]) -> Table:
 
 
 def counterfactual_table(counterfactuals: Sequence[Counterfactual]) -> Table:
-    header = ["a wrong row beside", "rows", "answer changes", "becomes right", "change of its log-prob, nats a token"]
+    header = [
+        "a wrong row beside",
+        "rows",
+        "answer changes",
+        "becomes right",
+        "more than beside wrong rows",
+        "change of its log-prob, nats a token",
+    ]
     rows = [
-        [SIBLINGS[c.siblings], str(c.rows), estimate(c.changed), estimate(c.became_right), estimate(c.logprob)]
+        [
+            SIBLINGS[c.siblings],
+            str(c.rows),
+            estimate(c.changed),
+            estimate(c.became_right),
+            "" if c.over_wrong is None else estimate(c.over_wrong),
+            estimate(c.logprob),
+        ]
         for c in counterfactuals
     ]
     return Table("A wrong row with other siblings", header, rows)

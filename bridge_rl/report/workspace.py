@@ -10,6 +10,7 @@ from typing import Any
 
 from bridge_rl.errors import UserError
 from bridge_rl.report import names
+from bridge_rl.report.labels import METRICS
 from bridge_rl.report.tracking import has_key
 
 try:
@@ -25,7 +26,6 @@ VIEW_NAME = "Bridge RL"
 WIDTHS = (1, 2, 4, 8)
 # Not W&B's own step, which starts again when an offline run is resumed.
 STEP = names.in_tracker("global_step")
-TITLES = {"pass@1": "pass@1", "maj": "majority vote", "any": "any row right (coverage)", "all": "all rows right"}
 
 
 def save_workspace(
@@ -86,7 +86,10 @@ def sections(widths: Sequence[int]) -> list["ws.Section"]:
         section("Groups", lines("share of groups", names.ALL_RIGHT, names.ANY_RIGHT)),
         section(
             "Width sweep",
-            *(lines(title, *(names.evaluation(metric, width) for width in widths)) for metric, title in TITLES.items()),
+            *(
+                lines(METRICS[metric], *(names.evaluation(metric, width) for width in widths))
+                for metric in names.EVALUATION
+            ),
         ),
         section(
             "Rollout",
