@@ -8,6 +8,7 @@ MODEL ?= package://bridge_rl/tiny/model
 SUITE ?= tiny
 WIDTHS ?= 1,2,4,8
 SAMPLES ?= 8
+ARGS ?=
 
 .PHONY: setup demo test test-slow lint eval bench clean
 
@@ -16,7 +17,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,serve,eval,lm-eval,workspaces,dev]'
 	touch $@
 
 demo: $(READY)  ## warm-up, RLVR and evaluation of the embedded model, about 5 minutes on two cores
@@ -33,12 +34,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-eval: $(READY)  ## make eval MODEL=runs/demo SUITE=tiny WIDTHS=1,2,4,8; without MODEL, the embedded base
-	$(BIN)/bridge-rl eval --model $(MODEL) --suite $(SUITE) --widths $(WIDTHS) --samples $(SAMPLES)
+eval: $(READY)  ## make eval MODEL=runs/demo SUITE=tiny WIDTHS=1,2,4,8 ARGS=--controls; without MODEL, the embedded base
+	$(BIN)/bridge-rl eval --model $(MODEL) --suite $(SUITE) --widths $(WIDTHS) --samples $(SAMPLES) $(ARGS)
 
 bench: $(READY)  ## the figures in benchmarks/results
 	$(BIN)/python benchmarks/block_cost.py
 	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/intervals.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

@@ -3,7 +3,8 @@
 `python benchmarks/intervals.py` writes `benchmarks/results/intervals.json`. Difficulties of problems have a beta
 distribution, groups have 4 rows, and a wrong row copies a right sibling with chance 0.3, so that rows depend on each
 other. Each cell is one metric at one rate (the true pass@1), spread of difficulty and number of problems. Lengths are
-lognormal; gains are differences to the same problems without copying, or sampled anew with it. The plain percentile bootstrap stands beside.
+lognormal; gains are differences to the same problems without copying, or (no gain) sampled anew with it. The plain
+percentile bootstrap stands beside.
 """
 
 import argparse
