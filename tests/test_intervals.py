@@ -162,6 +162,15 @@ def test_the_estimates_of_an_evaluation_take_well_under_a_second():
     assert time.process_time() - start < 1.0
 
 
+def test_the_committed_figures_hold_the_bar():
+    cells = json.loads((ROOT / "benchmarks" / "results" / "intervals.json").read_text())["cells"]
+    chosen = [cell for cell in cells if cell["metric"] in ("pass@1", "gain in pass@1", "no gain in pass@1")]
+    assert {(cell["problems"], cell["rate"]) for cell in chosen} == set(
+        product((30, 100, 500), (0.1, 0.3, 0.5, 0.7, 0.9))
+    )
+    assert all(0.93 <= cell["coverage"] <= 0.97 for cell in chosen)
+
+
 @pytest.mark.slow
 def test_the_benchmark_measures_every_cell(tmp_path):
     output = tmp_path / "intervals.json"

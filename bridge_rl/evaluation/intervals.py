@@ -13,7 +13,8 @@ bootstrap is too narrow in two ways, for which there are two corrections:
    1 too. (A power of s between 0 and 2 is a choice: 2 would leave small differences with long tails too narrow, 0
    would make all that varies little too wide. 1 was the best of 1, 1.5 and 2 in the simulation.)
 
-`benchmarks/intervals.py` measures how often they cover.
+`benchmarks/intervals.py` measures how often they cover, from 30 problems on: pass@1 and gains in it 93 to 97 %, rates
+below .05 or above .95 up to 99 %; the mean length of 30 problems whose lengths are lognormal only 92 %.
 """
 
 import math
