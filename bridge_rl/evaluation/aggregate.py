@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from bridge_rl.evaluation.metrics import (
     mixed_metrics,
     pooled_metrics,
 )
-from bridge_rl.evaluation.results import Aggregated, Comparison, Estimate, LengthPoint, Summary
+from bridge_rl.evaluation.results import Aggregated, Comparison, Condition, Estimate, LengthPoint, Summary
 from bridge_rl.evaluation.samples import SampledGroup, groups_by_problem
 
+CONDITIONS = get_args(Condition)
 # By metric, the mean over its groups of each problem that has a value.
 ProblemMeans = dict[str, dict[int, float]]
 # Gets one dictionary a row (completion, answer, logprob in nats of the whole, tokens: how many); gives the index of the
@@ -32,11 +33,11 @@ def independent(groups: Sequence[SampledGroup]) -> bool:
 
 
 def by_setting(groups: Iterable[SampledGroup]) -> dict[tuple[str, int], list[SampledGroup]]:
-    """Groups of each condition and width, sorted by them."""
+    """Groups of each condition and width, in the order of `Condition`, then of the widths."""
     found: dict[tuple[str, int], list[SampledGroup]] = {}
     for group in groups:
         found.setdefault((group.condition, group.width), []).append(group)
-    return {key: found[key] for key in sorted(found)}
+    return {key: found[key] for key in sorted(found, key=lambda key: (CONDITIONS.index(key[0]), key[1]))}
 
 
 def problem_means(groups: Sequence[SampledGroup]) -> ProblemMeans:
@@ -64,7 +65,10 @@ def problem_means(groups: Sequence[SampledGroup]) -> ProblemMeans:
 
 
 def summarize(groups: Sequence[SampledGroup]) -> list[Summary]:
-    """One summary for each condition and width, sorted by them; `groups_per_problem` is the least of any problem."""
+    """One summary for each condition and width, in the order of `by_setting`.
+
+    `groups_per_problem` is the least of any problem.
+    """
     summaries = []
     for (_, width), own in by_setting(groups).items():
         means, numbers = problem_means(own), [len(of_one) for of_one in groups_by_problem(own)]

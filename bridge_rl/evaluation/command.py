@@ -50,7 +50,7 @@ def mean_over_suites(results: Mapping[str, Results]) -> list[Summary]:
     """
     of_suite = [{(s.condition, s.width): s for s in found.summaries} for found in results.values()]
     summaries = []
-    for key in sorted(set.intersection(*map(set, of_suite))):
+    for key in [key for key in of_suite[0] if all(key in summaries_of for summaries_of in of_suite)]:
         same = [summaries_of[key] for summaries_of in of_suite]
         shared = [name for name in same[0].metrics if all(name in summary.metrics for summary in same)]
         metrics = {name: mean_of_estimates([summary.metrics[name] for summary in same]) for name in shared}

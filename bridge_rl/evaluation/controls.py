@@ -85,14 +85,12 @@ def judge_controls(groups: Sequence[SampledGroup]) -> Controls:
     siblings = corrected([t for width in widths for t in sibling_tests(settings, means, width)])
     coverage = corrected([t for width in widths for t in coverage_test(settings, means, width)])
     votes = corrected([t for width in widths for t in vote_tests(settings, width)])
-    by_width, verdicts = [], []
-    for width in widths:
-        own = [t for t in siblings if t.width == width]
-        if own:
-            by_width.append(WidthVerdict(width, overall(own), {t.control: t.outcome for t in own}))
-            verdicts.append(sibling_sentence(width, own))
-        verdicts += [coverage_sentence(t) for t in coverage if t.width == width and fell(t, own)]
-        verdicts += [vote_sentence(t) for t in votes if t.width == width]
+    own = {width: [t for t in siblings if t.width == width] for width in widths}
+    own = {width: tests for width, tests in own.items() if tests}
+    by_width = [WidthVerdict(w, overall(tests), {t.control: t.outcome for t in tests}) for w, tests in own.items()]
+    verdicts = [sibling_sentence(width, tests) for width, tests in own.items()]
+    verdicts += [coverage_sentence(t) for t in coverage if fell(t, own.get(t.width, []))]
+    verdicts += [vote_sentence(t) for t in votes]
     families = {"pass@1": len(siblings), "coverage": len(coverage), "majority votes": len(votes)}
     several = [f"{number} comparisons of {what}" for what, number in families.items() if number > 1]
     if several:
@@ -198,7 +196,7 @@ def headline(tests: Sequence[Tested]) -> str:
     shuffled = outcomes.pop("shuffled", None)
     if shuffled == "helps" and set(outcomes.values()) <= {"helps"}:
         return "siblings help"
-    parts = [_against_alone(set(outcomes.values()))] if outcomes else []
+    parts = [_against_alone(outcomes)] if outcomes else []
     if shuffled == "helps":
         parts.append("own siblings do better than shuffled ones")
     elif shuffled == "hurts":
@@ -221,14 +219,20 @@ def is_close(comparison: Comparison) -> bool:
     return low is not None and high is not None and -MARGIN <= low <= high <= MARGIN
 
 
-def _against_alone(outcomes: set[Outcome]) -> str:
-    if outcomes == {"helps"}:
+def _against_alone(outcomes: dict[Control, Outcome]) -> str:
+    found = set(outcomes.values())
+    if found == {"helps"}:
         return "rows do better together than alone"
-    if outcomes == {"no difference found"}:
+    if found == {"no difference found"}:
         return "no difference between rows together and alone was found"
-    if outcomes == {"hurts"}:
+    if found == {"hurts"}:
         return "rows do worse together than alone"
-    return "rows together differ from one kind of rows alone and not from the other in the same way"
+    clauses = {
+        "helps": "do better than",
+        "hurts": "do worse than",
+        "no difference found": "are not shown to differ from",
+    }
+    return "rows together " + " and ".join(f"{clauses[outcomes[c]]} those {WORDS[c]}" for c in outcomes)
 
 
 def coverage_sentence(test: Tested) -> str:

@@ -8,9 +8,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from bridge_rl.errors import UserError
 
-# model: the checkpoint as it is. disabled: its Bridge switched off, so that rows are independent. shuffled: each row
-# hears rows of other prompts instead of its siblings.
-Condition = Literal["model", "disabled", "shuffled"]
+# model: the checkpoint as it is. shuffled: each row hears rows of other prompts instead of its siblings. disabled: its
+# Bridge switched off, so that rows are independent.
+Condition = Literal["model", "shuffled", "disabled"]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def norm_ratio(layer: int) -> str:
 
 
 def evaluation(metric: str, width: int) -> str:
-    """Name of a metric of `evaluation.metrics.set_metrics` at a width, such as `eval_pass@1/w4`."""
+    """Name of a metric of `evaluation.metrics` at a width, such as `eval_pass@1/w4`."""
     return f"eval_{metric}/w{width}"
 
 
