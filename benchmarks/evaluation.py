@@ -1,7 +1,7 @@
 """What `bridge-rl eval` takes on the embedded suite: 512 problems, 8 samples each, at widths 1, 2, 4 and 8.
 
-`python benchmarks/evaluation.py` writes `benchmarks/results/evaluation.json`. Each command is a process of its own, as a
-user starts it: loading, sampling, judging, analysis, tables, plots and page. Measured are the embedded base, which is
+`python benchmarks/evaluation.py` writes `benchmarks/results/evaluation.json`. Each command is a process of its own, as
+a user starts it: loading, sampling, judging, analysis, tables, plots and page. Measured are the embedded base, which is
 sampled once for all widths, and the same model with a Bridge of the tiny recipe's size, whose random weights are small:
 it is sampled at every width; then with controls; then with controls and probes; and the last one again, which finds all
 samples there.

@@ -13,8 +13,8 @@ from bridge_rl.rollout.cache import PagedCache
 from bridge_rl.rollout.pages import Pages, pages_for
 from bridge_rl.rollout.request import RolloutOptions, Row
 
-# Of a page of 16 columns half is unused on average. Long rows can afford larger ones, which are fewer to add up.
-ROW_PAGE, LONG_ROW_PAGE, LONG = 16, 64, 2048
+# Half a page is unused on average. Long rows can afford larger ones, which are fewer to add up.
+ROW_PAGE, LONG_ROW_PAGE, LONG = 8, 64, 2048
 PROMPT_PAGES, PROMPT_PADDING = (128, 64, 32), 1.05
 # Share of free memory for the cache; the rest is for activations. On CPU other programs live there too.
 CUDA_SHARE, CPU_SHARE = 0.8, 0.5

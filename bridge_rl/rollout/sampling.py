@@ -74,7 +74,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tup
         logprobs = scaled_logprobs(logits, params.temperature)
         tokens = logprobs.argmax(dim=-1)
         return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
-    probs = (logits.float() / params.temperature).softmax(dim=-1)
+    # Where there is nothing to do, a pass over [B, V] is spared here and in `invert_cdf`.
+    scaled = logits.float() if params.temperature == 1 else logits.float() / params.temperature
+    probs = scaled.softmax(dim=-1)
     tokens = invert_cdf(_truncate(probs, params), uniforms)
     return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
@@ -84,7 +86,8 @@ def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
     First the block, then the place in it: one pass over the weights, and two short running sums.
     """
-    blocks = F.pad(weights, (0, -weights.shape[-1] % CDF_BLOCK)).unflatten(-1, (-1, CDF_BLOCK))
+    missing = -weights.shape[-1] % CDF_BLOCK
+    blocks = (F.pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, CDF_BLOCK))
     sums = blocks.sum(dim=-1).cumsum(dim=-1)
     target = _below(uniforms * sums[:, -1], sums[:, -1])
     block = torch.searchsorted(sums, target[:, None], right=True)  # [B, 1]

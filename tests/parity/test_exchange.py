@@ -68,7 +68,7 @@ def test_a_full_cache_starts_whole_blocks_again_and_changes_no_token():
     params = br.SamplingParams(40, seed=3, eos_token_id=[])
     limits = [[5 if place == 1 else 40] * 4 for place in range(8)]  # one group ends before its block has to start again
     expected = br.generate_groups(model, PROMPTS, 4, params, limits=limits, exchange=BLOCKS)
-    options = br.RolloutOptions(max_cache_tokens=1200)
+    options = br.RolloutOptions(max_cache_tokens=1000)
     rollout = Rollout(model, PROMPTS, 4, params, limits=limits, options=options, exchange=BLOCKS)
     given_out = list(rollout.stream())
     assert given_out[0][0] == 1
