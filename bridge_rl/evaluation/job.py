@@ -37,6 +37,7 @@ from bridge_rl.report.tables import as_table
 
 # What decides the samples of a directory: with other settings they would be others.
 SETTINGS_FILE = "evaluation.json"
+DIGESTS = ("weights", "problems")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,6 @@ def make_job(
             f"--lengths goes up to {max(limits)}, but completions have at most {limit} tokens: raise --max-new-tokens."
         )
     settings = {
-        "model": args.model,
         "weights": whole_fingerprint(model),
         "suite": suite.name,
         "problems": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
@@ -177,6 +177,7 @@ def make_job(
         "lengths": limits,
     }
     meta = {
+        "model": args.model,
         **settings,
         "prompt": data.prompt,
         "source": suite.source.path,
@@ -246,7 +247,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     before = json.loads(path.read_text())
     for key, value in settings.items():
         if before.get(key) != value:
+            made = f"of other {key}" if key in DIGESTS else f"made with {key} {before.get(key)!r}, not {value!r}"
             raise UserError(
-                f"{directory} holds samples made with {key} {before.get(key)!r}, not {value!r} ({path}): go on with "
-                "that, give another --output, or delete the directory."
+                f"{directory} holds samples {made} ({path}): go on with the same, give another --output, or delete the "
+                "directory."
             )

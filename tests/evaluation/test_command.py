@@ -167,7 +167,7 @@ def test_the_mean_over_suites_by_hand():
         (["--max-rows", "2"], "must hold a group of the largest"),
         (["--seed", "1"], "holds samples made with seed 0, not 1"),
         (["--samples", "8"], "holds samples made with samples 4, not 8"),
-        (["--problems", "4"], "holds samples made with problems"),
+        (["--problems", "4"], "holds samples of other problems"),
     ],
 )
 def test_a_mistake_is_one_sentence(checkpoint, evaluated, capsys, options, complaint):
@@ -186,7 +186,7 @@ def test_other_weights_do_not_go_on_with_samples(checkpoint, evaluated, tmp_path
     br.save_bridge(model, checkpoint, merged=True)
     with pytest.raises(SystemExit):
         evaluate(checkpoint, evaluated[0], "--lengths", "8,32")
-    assert "holds samples made with weights" in capsys.readouterr().err
+    assert "holds samples of other weights" in capsys.readouterr().err
 
 
 def start(command: list[str]) -> subprocess.Popen:
