@@ -34,6 +34,7 @@ from bridge_rl.models import (
     uses_deepspeed,
 )
 from bridge_rl.report import names
+from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
@@ -108,6 +109,9 @@ def train(recipe: Recipe) -> dict[str, float]:
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
         write_history(trainer.state.log_history, output)
+        if eval_set is not None:
+            page = write_report(evaluation_directory(recipe, trainer.state.global_step), output)[0]
+            print(f"the evaluation and the curves are in {page}")
         print(f"the model is in {output}: bridge-rl eval --model {output}", flush=True)
     trainer.end()  # closes the trackers and the process group
     return metrics
@@ -305,6 +309,29 @@ def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> Dataset | None:
     return prompts.select(range(min(recipe.evaluation.problems, len(prompts))))
 
 
+def evaluation_directory(recipe: Recipe, step: int) -> Path:
+    return Path(recipe.output_dir) / "evaluation" / f"step_{step:06d}"
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """What a page says of how an evaluation in a run was made."""
+    assert recipe.data.eval is not None
+    section, rollout = recipe.evaluation, recipe.rollout
+    return {
+        "model": recipe.output_dir,
+        "suite": recipe.data.eval.path,
+        "reward": recipe.rewards[0].function,
+        "prompt": recipe.data.prompt,
+        "temperature": section.temperature,
+        "top_p": section.top_p,
+        "max_new_tokens": section.max_new_tokens or rollout.max_new_tokens,
+        "samples": section.samples,
+        "seed": recipe.seed,
+        "trained_width": rollout.width,
+        "trained_length": rollout.max_new_tokens,
+    }
+
+
 def make_evaluator(
     recipe: Recipe, eval_set: Dataset, tokenizer: Any, judge: Judge
 ) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
@@ -313,7 +340,7 @@ def make_evaluator(
 
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
-        directory = Path(recipe.output_dir) / "evaluation" / f"step_{step:06d}"
+        directory = evaluation_directory(recipe, step)
         if state.is_main_process:  # of a run that was cut off here: its weights may have been others
             shutil.rmtree(directory, ignore_errors=True)
         state.wait_for_everyone()
@@ -323,7 +350,7 @@ def make_evaluator(
             evaluation = plan_evaluation(model, tokenizer, rows, judge, section, limit, recipe.seed, store)
             with Bar("evaluation", num_completions(evaluation.shares())) as bar:
                 groups = evaluation.run(bar.update)
-            meta = {"step": step, "seed": recipe.seed, **provenance()}
+            meta = {"step": step, **described(recipe), **provenance()}
             results = analyse(groups, section.widths, listens(model), meta)
         if state.is_main_process:
             print(as_table(results.summaries), flush=True)

@@ -49,6 +49,8 @@ def test_a_run_leaves_recipe_history_evaluation_and_a_model_that_loads(finished)
     assert [(summary.condition, summary.width) for summary in results.summaries] == [("model", w) for w in (1, 2, 4, 8)]
     assert {"commit", "hardware", "versions", "command"} <= set(results.meta)
     assert len(SampleStore(directory / "samples").read()) == 4 * (4 + 2 + 1 + 1)
+    assert "training.png" in {path.name for path in directory.iterdir()}
+    assert str(finished) in (directory / "report.html").read_text()
     model = br.load_bridge(finished)
     assert any(p.abs().sum() > 0 for name, p in br.bridge_parameters(model) if "o_proj" in name)
 
