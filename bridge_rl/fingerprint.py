@@ -21,8 +21,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def whole_fingerprint(model: nn.Module) -> str:
-    """The same of every weight, those of a Bridge or LoRA too, in fp32: a small step of training changes it."""
-    return _digest(dict(model.named_parameters()), torch.float32)
+    """The same of every weight, those of a Bridge or LoRA too, in fp32: a small step of training changes it.
+
+    Not of the blocks that PEFT has put its trained copies in the place of: they are random and unused.
+    """
+    return _digest({n: p for n, p in model.named_parameters() if ".original_module." not in n}, torch.float32)
 
 
 def _digest(weights: dict[str, nn.Parameter], dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from bridge_rl.cli import run_command
 from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.run import eos_ids
+from bridge_rl.evaluation.run import eos_ids, group_index
 from bridge_rl.models import load_model, load_tokenizer, model_config
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
@@ -75,10 +75,9 @@ def split_requests(requests: Sequence[Instance], width: int | None) -> list[Grou
         assert len(copies) == repeats, "lm_eval has split the repeats of a document"
         assert all(copy is request for copy in copies), "lm_eval has split the repeats of a document"
         wide = width or repeats
-        per_document = repeats // wide
         context, settings = request.args
-        for number in range(per_document):
-            groups.append(GroupRequest(context, settings, wide, request.doc_id * per_document + number))
+        for number in range(repeats // wide):
+            groups.append(GroupRequest(context, settings, wide, group_index(request.doc_id, number)))
         place += repeats
     return groups
 

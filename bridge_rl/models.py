@@ -3,13 +3,16 @@
 import importlib.util
 import inspect
 import os
+import traceback
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -211,13 +214,28 @@ def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..
         return partial(function, **section.kwargs)
 
     def reward(**columns: Any) -> list[float]:
-        values = function(**columns, **section.kwargs)
+        values = call_users(function, section.function, **columns, **section.kwargs)
         rows = len(columns["completions"] if "completions" in columns else columns["completion_ids"])
         if len(values) != rows:
             raise UserError(f"{section.function} returned {len(values)} values for {rows} rows: return one a row.")
+        strange = [v for v in values if v is not None and not isinstance(v, Real | np.generic | torch.Tensor)]
+        if strange:
+            raise UserError(f"{section.function} returned {strange[0]!r} for a row: return a number or None.")
         return values
 
     return update_wrapper(reward, function)
+
+
+def call_users(function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """What a function of the user's returns. Raises UserError that says where it failed."""
+    try:
+        return function(*args, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # whatever it raises
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        place = f" in line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
+        raise UserError(f"{name} failed with {type(error).__name__}{place}: {error}") from error
 
 
 def find_file(path: str) -> Path | None:

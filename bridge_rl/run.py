@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainingArguments
@@ -341,7 +342,7 @@ def make_evaluator(
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
         directory = evaluation_directory(recipe, step)
-        if state.is_main_process:  # of a run that was cut off here: its weights may have been others
+        if state.is_local_main_process:  # of a run that was cut off here: its weights may have been others
             shutil.rmtree(directory, ignore_errors=True)
         state.wait_for_everyone()
         store = SampleStore(directory / "samples", state.process_index)
@@ -350,16 +351,17 @@ def make_evaluator(
             evaluation = plan_evaluation(model, tokenizer, rows, judge, section, limit, recipe.seed, store)
             with Bar("evaluation", num_completions(evaluation.shares())) as bar:
                 groups = evaluation.run(bar.update)
-            meta = {"step": step, **described(recipe), **provenance()}
-            results = analyse(groups, section.widths, listens(model), meta)
+            listening = listens(model)
+        metrics: dict[str, float] = {}
         if state.is_main_process:
+            meta = {"step": step, **described(recipe), **provenance()}
+            results = analyse(groups, section.widths, listening, meta)
             print(as_table(results.summaries), flush=True)
             write_for_readers(directory, rows, groups, tokenizer)
             write_results(results, directory / "results.json")
-        return {
-            names.evaluation(metric, summary.width): summary.metrics[metric].value
-            for summary in results.summaries
-            for metric in names.EVALUATION
-        }
+            for summary in results.summaries:
+                values = {metric: summary.metrics[metric].value for metric in names.EVALUATION}
+                metrics |= {names.evaluation(metric, summary.width): value for metric, value in values.items()}
+        return broadcast_object_list([metrics])[0]
 
     return evaluate

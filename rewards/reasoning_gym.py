@@ -1,6 +1,5 @@
 """1.0 for an answer to which a reasoning-gym task gives its full score, found in processes that can be killed."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,6 @@ from bridge_rl.verify.pool import Job, VerifierPool
 
 WORKER = Path(verify.__file__).with_name("reasoning_gym_worker.py")
 MAX_CHARS = 10_000  # of an answer: boards and partitions are long
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,11 @@ def final_answer(completion: str) -> str | None:
 def _answer(text: str) -> str | None:
     r"""In the last `<answer>` tag, else in the last `\boxed{}`, else the whole text if it is one line without tags."""
     final = text.rpartition("</think>")[2].strip()
-    if tagged := _TAGGED.findall(final):
-        answer = tagged[-1].strip()
+    # By searches from the end, in linear time: a model may write any number of tags.
+    before, closed, _ = final.rpartition("</answer>")
+    _, opened, tagged = before.rpartition("<answer>")
+    if closed and opened:
+        answer = tagged.strip()
     elif (boxed := last_box(final)) is not None:
         answer = boxed.strip()
     else:

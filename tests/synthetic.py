@@ -53,7 +53,7 @@ def policy(seed, copy, problems=200, width=4, groups=4, alone=16):
     return [
         *made_groups(rng, difficulty, "model", width, groups, copy),
         *made_groups(rng, difficulty, "model", 1, alone),
-        *made_groups(rng, difficulty, "disabled", width, groups),
+        *made_groups(rng, difficulty, "disabled", 1, alone),
         *made_groups(rng, difficulty, "shuffled", width, groups),
     ]
 

@@ -38,8 +38,8 @@ def test_a_summary_by_hand():
 
 def test_summaries_are_one_a_condition_and_width_the_model_first():
     found = summarize(list(reversed(policy(0, 0.3, problems=5))))
-    assert [(s.condition, s.width) for s in found] == [("model", 1), ("model", 4), ("shuffled", 4), ("disabled", 4)]
-    assert [s.groups_per_problem for s in found] == [16, 4, 4, 4]
+    assert [(s.condition, s.width) for s in found] == [("model", 1), ("model", 4), ("shuffled", 4), ("disabled", 1)]
+    assert [s.groups_per_problem for s in found] == [16, 4, 4, 16]
 
 
 def test_mixed_metrics_need_as_many_groups_as_rows():

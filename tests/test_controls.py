@@ -41,10 +41,10 @@ def test_helpful_siblings_are_said_to_help_with_the_numbers(helped):
     assert helped.by_width[0].by_control == {"shuffled": "helps", "width 1": "helps", "disabled": "helps"}
 
 
-def test_shuffled_siblings_that_do_as_well_are_named_and_equality_is_not_claimed(ignored):
+def test_where_nothing_helps_equality_is_not_claimed(ignored):
     first = ignored.verdicts[0]
-    assert "shuffled siblings do as well to within .05" in first
-    assert "the information in siblings is not what helps, beyond that" in first
+    assert "no difference between rows together and alone was found" in first
+    assert "own siblings are not shown to do better than shuffled ones" in first
     assert "one as large as the interval's ends is still possible" in first
     assert ignored.by_width[0].outcome == "no difference found"
 
@@ -60,7 +60,7 @@ def test_every_question_is_among_the_comparisons(helped):
     assert found[:4] == [
         ("siblings", "pass@1", "shuffled, width 4"),
         ("siblings", "pass@1", "model, width 1"),
-        ("siblings", "pass@1", "disabled, width 4"),
+        ("siblings", "pass@1", "disabled, width 1"),
         ("coverage", "any", "model, width 1, 4 rows"),
     ]
     assert [name for name, _, _ in found[4:]] == ["majority vote at equal tokens"] * 2
@@ -70,7 +70,7 @@ def test_every_question_is_among_the_comparisons(helped):
 def test_few_problems_are_not_enough_to_say_that_shuffled_siblings_do_as_well():
     found = judge_controls(policy(0, 0.0, problems=20))
     assert "do as well" not in found.verdicts[0]
-    assert "own siblings are not shown to do better than shuffled ones, nor is it ruled out" in found.verdicts[0]
+    assert "own siblings are not shown to do better than shuffled ones" in found.verdicts[0]
 
 
 def test_gain_that_shuffled_siblings_bring_too_is_not_put_down_to_siblings():
@@ -86,7 +86,7 @@ def test_gain_that_shuffled_siblings_bring_too_is_not_put_down_to_siblings():
     assert found.by_width[0].outcome == "no difference found"
     assert found.by_width[0].by_control == {"shuffled": "no difference found", "disabled": "helps"}
     assert found.verdicts[0].startswith(
-        "At width 4 rows do better together than alone; shuffled siblings do as well to within .05, so"
+        "At width 4 rows do better together than alone; shuffled siblings do as well, so what siblings say is not what "
     )
 
 

@@ -113,7 +113,7 @@ def test_the_base_samples_the_data_and_the_file_gives_it_back(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": text}], "problem": text, "answer": "0"} for text in texts]
 
     def reward(completions, problem, **kwargs):
-        return [float(is_correct(p, c)) for p, c in zip(problem, completions, strict=True)]
+        return [float(is_correct(p, c[-1]["content"])) for p, c in zip(problem, completions, strict=True)]
 
     groups = sample_warmup_groups(model, tokenizer, rows, Judge(reward, str), SECTION, 32, None, seed=0)
     assert [g.problem for g in groups] == texts

@@ -5,10 +5,16 @@ from typing import Any
 
 from bridge_rl.evaluation.aggregate import Chooser, by_setting, length_curve, regroup, summarize
 from bridge_rl.evaluation.controls import at_equal_cost, judge_controls
-from bridge_rl.evaluation.results import Probes, Results
+from bridge_rl.evaluation.results import Probes, Results, Summary
 from bridge_rl.evaluation.samples import SampledGroup
 
 METHODS = ("majority", "best-of-n")
+# Metric -> the share above which it is worth a sentence, and what to do.
+CAUTIONS = {
+    "truncated": (0.1, "were cut at the limit, so accuracy is that of short answers: raise --max-new-tokens"),
+    "unparsed": (0.5, "hold no answer that could be read: look at the completions, the prompt or `final_answer`"),
+    "unjudged": (0.01, "could not be judged (time-out, error or no score) and count as wrong: look at the reward"),
+}
 
 
 def analyse(
@@ -23,15 +29,27 @@ def analyse(
     were sampled, and are put into groups of every width here, as are those of the disabled Bridge."""
     at_widths = at_every_width(groups, widths, listening)
     controls = judge_controls(groups)
+    summaries = summarize(at_widths)
     return Results(
         meta=meta,
-        summaries=summarize(at_widths),
+        summaries=summaries,
         comparisons=controls.comparisons,
-        verdicts=controls.verdicts,
+        verdicts=[*cautions(summaries), *controls.verdicts],
         aggregated=at_equal_cost(groups if listening else at_widths, methods),
         lengths=length_curve(at_widths),
         probes=probes,
     )
+
+
+def cautions(summaries: Sequence[Summary]) -> list[str]:
+    """What makes the figures say less than they seem to: many rows cut, without an answer, or not judged."""
+    found = []
+    for name, (most, words) in CAUTIONS.items():
+        worst = max(summaries, key=lambda summary: summary.metrics[name].value)
+        share = worst.metrics[name].value
+        if share > most:
+            found.append(f"Caution: {share:.0%} of rows {words} (condition {worst.condition}, width {worst.width}).")
+    return found
 
 
 def at_every_width(groups: Sequence[SampledGroup], widths: Sequence[int], listening: bool) -> list[SampledGroup]:

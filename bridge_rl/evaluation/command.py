@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridge_rl.cli import parse_numbers
 from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
+from bridge_rl.evaluation.aggregate import Chooser
 from bridge_rl.evaluation.analyse import METHODS
 from bridge_rl.evaluation.job import make_job
 from bridge_rl.evaluation.results import Estimate, Results, Summary, write_results
 from bridge_rl.evaluation.run import PATIENCE, eos_ids
 from bridge_rl.evaluation.suites import expand
-from bridge_rl.models import load_function, load_model, load_tokenizer
+from bridge_rl.fingerprint import whole_fingerprint
+from bridge_rl.models import call_users, load_function, load_model, load_tokenizer
 from bridge_rl.report.tables import as_table
 from bridge_rl.rollout import SamplingParams, generate_groups
 
@@ -29,18 +32,33 @@ def evaluate(args: argparse.Namespace) -> None:
     suites = expand(args.suite)
     widths = parse_numbers("--widths", args.widths, "1,2,4,8")
     lengths = None if args.lengths is None else parse_numbers("--lengths", args.lengths, "512,1024,2048")
-    methods = METHODS if args.aggregate is None else (*METHODS, load_function(args.aggregate, "--aggregate"))
+    methods = METHODS if args.aggregate is None else (*METHODS, load_chooser(args.aggregate))
+    if args.reward is not None:
+        load_function(args.reward, "--reward")  # before the model is loaded
     model, tokenizer = load_for_sampling(args.model)
-    jobs = [make_job(args, suite, widths, lengths, methods, model, tokenizer) for suite in suites]
+    weights = whole_fingerprint(model)
+    jobs = [make_job(args, suite, widths, lengths, methods, model, weights, tokenizer) for suite in suites]
     root = args.output or output_directory(args.model)
     if args.output is not None and len(suites) == 1:
         jobs[0].run(root)
         return
-    results = {suite.name: job.run(root / suite.name) for suite, job in zip(suites, jobs, strict=True)}
-    if len(suites) > 1 and PartialState().is_main_process:
+    found = {suite.name: job.run(root / suite.name) for suite, job in zip(suites, jobs, strict=True)}
+    results = {name: of_suite for name, of_suite in found.items() if of_suite is not None}  # all, on the main rank
+    if len(results) > 1:
         overall = Results({"model": args.model, "suites": list(results)}, mean_over_suites(results))
         write_results(overall, root / "results.json")
         print(f"\nmean over {len(suites)} suites\n{as_table(overall.summaries)}")
+
+
+def load_chooser(named: str) -> Chooser:
+    """A user's function that makes one answer of a group (`aggregate.Chooser`)."""
+    function = load_function(named, "--aggregate")
+
+    @wraps(function)
+    def choose(rows: list[dict[str, Any]]) -> int | str | None:
+        return call_users(function, named, rows)
+
+    return choose
 
 
 def mean_over_suites(results: Mapping[str, Results]) -> list[Summary]:

@@ -32,7 +32,6 @@ Outcome = Literal["helps", "no difference found", "hurts"]
 Control = Literal["width 1", "disabled", "shuffled"]
 Settings = dict[tuple[str, int], list[SampledGroup]]
 LEVEL = 0.05
-MARGIN = 0.05  # an interval within so much of 0 counts as doing as well, a wider one as too few problems to tell
 EQUAL_TOKENS = "majority vote at equal tokens"
 FEWER_TOKENS = "majority vote against fewer tokens"  # where too few independent rows were sampled
 WORDS = {"width 1": "at width 1", "disabled": "with the Bridge disabled", "shuffled": "with shuffled siblings"}
@@ -192,7 +191,6 @@ def sibling_sentence(width: int, tests: Sequence[Tested]) -> str:
 
 def headline(tests: Sequence[Tested]) -> str:
     outcomes = {test.control: test.outcome for test in tests}
-    as_well = any(test.control == "shuffled" and is_close(test.comparison) for test in tests)
     shuffled = outcomes.pop("shuffled", None)
     if shuffled == "helps" and set(outcomes.values()) <= {"helps"}:
         return "siblings help"
@@ -201,22 +199,26 @@ def headline(tests: Sequence[Tested]) -> str:
         parts.append("own siblings do better than shuffled ones")
     elif shuffled == "hurts":
         parts.append("own siblings do worse than shuffled ones")
-    elif as_well:
-        parts.append(
-            f"shuffled siblings do as well to within {decimal(MARGIN)[:3]}, so the information in siblings is not what "
-            "helps, beyond that"
-        )
+    elif shuffled is not None and gain_is_elsewhere(tests):
+        parts.append("shuffled siblings do as well, so what siblings say is not what helps")
     elif shuffled is not None:
-        parts.append("own siblings are not shown to do better than shuffled ones, nor is it ruled out")
+        parts.append("own siblings are not shown to do better than shuffled ones")
     elif "helps" in outcomes.values():
         parts.append("without a run with shuffled siblings it is open whether what siblings say is the reason")
     return "; ".join(parts)
 
 
-def is_close(comparison: Comparison) -> bool:
-    """Whether the interval rules out any difference larger than MARGIN, which is more than that none was found."""
-    low, high = comparison.difference.low, comparison.difference.high
-    return low is not None and high is not None and -MARGIN <= low <= high <= MARGIN
+def gain_is_elsewhere(tests: Sequence[Tested]) -> bool:
+    """Whether rows gain by being together, and by most of that beside shuffled siblings too.
+
+    That is: they do better than all rows alone, and the interval of own over shuffled siblings ends below half of the
+    smallest such gain. That no difference was found would not say so.
+    """
+    gains = [test.comparison.difference.value for test in tests if test.control != "shuffled"]
+    if not gains or any(test.outcome != "helps" for test in tests if test.control != "shuffled"):
+        return False
+    [shuffled] = [test.comparison.difference for test in tests if test.control == "shuffled"]
+    return shuffled.high is not None and shuffled.high < min(gains) / 2
 
 
 def _against_alone(outcomes: dict[Control, Outcome]) -> str:

@@ -2,14 +2,16 @@
 
 import argparse
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bridge_rl.config import DataSection, EvaluationSection, Recipe, RewardSection, load_recipe
 from bridge_rl.data import make_prompts
@@ -18,18 +20,19 @@ from bridge_rl.evaluation.aggregate import Chooser
 from bridge_rl.evaluation.analyse import analyse
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.probes import run_probes
-from bridge_rl.evaluation.results import Probes, Results, write_results
+from bridge_rl.evaluation.results import Probes, Results, read_results, write_results
 from bridge_rl.evaluation.run import (
     Evaluation,
     ModelSampler,
+    group_index,
     groups_per_problem,
     listens,
     num_completions,
     plan_evaluation,
 )
 from bridge_rl.evaluation.samples import SampledGroup, SampleStore, write_for_readers
-from bridge_rl.evaluation.suites import Suite, load_suite
-from bridge_rl.fingerprint import whole_fingerprint
+from bridge_rl.evaluation.suites import MATH_REWARD, Suite, load_suite
+from bridge_rl.models import load_reward
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
@@ -37,7 +40,7 @@ from bridge_rl.report.tables import as_table
 
 # What decides the samples of a directory: with other settings they would be others.
 SETTINGS_FILE = "evaluation.json"
-DIGESTS = ("weights", "problems")
+DIGESTS = {"weights": "weights", "problems": "problems or prompts", "judging": "another version of the reward's file"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ class Job:
     probing: bool
     probe_rows: int
 
-    def run(self, directory: Path) -> Results:
-        """Raises UserError if the directory holds samples of other settings."""
+    def run(self, directory: Path) -> Results | None:
+        """Sample, analyse, write; on the main rank, which returns the results. Others return None.
+
+        Raises UserError if the directory holds samples of other settings.
+        """
         state = PartialState()
         if state.is_main_process:
             claim(directory, self.settings)
@@ -73,10 +79,14 @@ class Job:
             print(f"{directory}: going on, {len(evaluation.done)} groups are there already", flush=True)
         with Bar(self.settings["suite"], num_completions(evaluation.shares())) as bar:
             groups = evaluation.run(bar.update)
-        probes = self.probe(evaluation, groups) if self.probing and state.is_main_process else None
+        if not state.is_main_process:
+            return None
+        probes = earlier_probes(directory)
         results = analyse(groups, self.section.widths, listens(self.model), self.meta, self.methods, probes)
-        if state.is_main_process:
-            self.write(directory, groups, results)
+        if self.probing:
+            write_results(results, directory / "results.json")  # lest the probes run out of memory
+            results = replace(results, probes=self.probe(evaluation, groups))
+        self.write(directory, groups, results)
         return results
 
     def plan(self, store: SampleStore) -> Evaluation:
@@ -112,7 +122,7 @@ class Job:
                 groups,
                 sweep.width,
                 evaluation.sampler.params,
-                lambda group: sweep.index_of(group.problem, group.group),
+                lambda group: group_index(group.problem, group.group),
                 self.judge,
                 max_rows=self.probe_rows,
                 progress=progress,
@@ -136,15 +146,12 @@ def make_job(
     lengths: list[int] | None,
     methods: Sequence[str | Chooser],
     model: PreTrainedModel,
+    weights: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Job:
     """What the arguments ask for; for what they do not say, what the run's recipe, the suite and the house say."""
     trained = trained_with(args.model)
-    limit = first(
-        args.max_new_tokens,
-        trained and (trained.evaluation.max_new_tokens or trained.rollout.max_new_tokens),
-        suite.max_new_tokens,
-    )
+    limit = args.max_new_tokens or default_limit(suite, trained)
     section = EvaluationSection(
         widths=widths,
         samples=args.samples,
@@ -153,11 +160,21 @@ def make_job(
         max_new_tokens=limit,
         max_rows=args.max_rows,
     )
+    if args.problems is not None and args.problems < 1:
+        raise UserError(f"--problems is {args.problems}: it must be at least 1.")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}: it must be between 0 and 2**32 - 1.")
+    if args.probe_rows < 1:
+        raise UserError(f"--probe-rows is {args.probe_rows}: it must be at least 1.")
     say_uneven_samples(section)
+    say_if_positions_run_out(model, limit)
     data = trained.data if trained else DataSection(train=suite.source, prompt=suite.prompt)
+    reward = reward_of(args.reward, suite, trained)
+    if suite.is_file:  # whose answers need be readable to math-verify only if that judges them
+        checked = reward.function == MATH_REWARD
+        suite = replace(suite, source=replace(suite.source, check_answers=checked))
     problems = load_suite(suite, "--suite", args.seed)[: args.problems]
     rows = make_prompts(problems, data, conversational=tokenizer.chat_template is not None).to_list()
-    reward = reward_of(args.reward, suite, trained)
     trained_length = trained.rollout.max_new_tokens if trained else None
     limits = lengths_below(limit, trained_length) if lengths is None else lengths
     if max(limits) > limit:
@@ -165,20 +182,21 @@ def make_job(
             f"--lengths goes up to {max(limits)}, but completions have at most {limit} tokens: raise --max-new-tokens."
         )
     settings = {
-        "weights": whole_fingerprint(model),
+        "weights": weights,
         "suite": suite.name,
-        "problems": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
+        "problems": digest(rows),
         "reward": reward.function,
+        "judging": digest_of_reward(reward),
         "temperature": section.temperature,
         "top_p": section.top_p,
         "max_new_tokens": limit,
-        "samples": section.samples,
         "seed": args.seed,
         "lengths": limits,
     }
     meta = {
         "model": args.model,
         **settings,
+        "samples": section.samples,
         "prompt": data.prompt,
         "source": suite.source.path,
         "source_commit": suite.commit,
@@ -207,9 +225,14 @@ def make_job(
 
 
 def trained_with(model: str) -> Recipe | None:
-    """The recipe that a run left beside its model: prompts and sampling are then those it was trained for."""
-    path = Path(model) / "recipe.yaml"
-    return load_recipe(path) if path.is_file() else None
+    """The recipe that a run left beside its model, or beside the checkpoints of which this is one.
+
+    Prompts and sampling are then those it was trained for.
+    """
+    path = Path(model)
+    folder = path.parent if path.name.startswith(PREFIX_CHECKPOINT_DIR) else path
+    recipe = folder / "recipe.yaml"
+    return load_recipe(recipe) if recipe.is_file() else None
 
 
 def reward_of(named: str | None, suite: Suite, trained: Recipe | None) -> RewardSection:
@@ -217,6 +240,37 @@ def reward_of(named: str | None, suite: Suite, trained: Recipe | None) -> Reward
     if named is not None:
         return RewardSection(named)
     return trained.rewards[0] if trained and suite.is_file else suite.reward
+
+
+def default_limit(suite: Suite, trained: Recipe | None) -> int:
+    """What the run was trained or evaluated with; a suite that needs longer completions gets them."""
+    if trained is None:
+        return suite.max_new_tokens
+    own = trained.evaluation.max_new_tokens or trained.rollout.max_new_tokens
+    return own if suite.is_file else max(own, suite.max_new_tokens)
+
+
+def say_if_positions_run_out(model: PreTrainedModel, limit: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and limit >= most and PartialState().is_main_process:
+        print(f"completions of up to {limit} tokens pass the {most} positions that the model is made for", flush=True)
+
+
+def digest_of_reward(section: RewardSection) -> str:
+    """Of the file that judges and its fixed arguments: an edited one would judge otherwise."""
+    source = inspect.getsourcefile(inspect.unwrap(load_reward(section, 0)))
+    content = Path(source).read_bytes() if source else b""
+    return digest([hashlib.sha256(content).hexdigest(), section.kwargs])
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def earlier_probes(directory: Path) -> Probes | None:
+    """Those of an earlier call on the same samples."""
+    path = directory / "results.json"
+    return read_results(path).probes if path.is_file() else None
 
 
 def first(*values: Any) -> Any:
@@ -240,14 +294,19 @@ def say_uneven_samples(section: EvaluationSection) -> None:
 def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Write the settings into a new directory; raise UserError if it holds samples of others."""
     path = directory / SETTINGS_FILE
-    if not path.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+    if not any((directory / "samples").glob("rank_*.jsonl")):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--output: nothing can be written to {directory} ({error}): name another.") from error
         return
     before = json.loads(path.read_text())
     for key, value in settings.items():
         if before.get(key) != value:
-            made = f"of other {key}" if key in DIGESTS else f"made with {key} {before.get(key)!r}, not {value!r}"
+            made = f"made with {key} {before.get(key)!r}, not {value!r}"
+            if key in DIGESTS:
+                made = f"made with other {DIGESTS[key]}".replace("other another", "another")
             raise UserError(
                 f"{directory} holds samples {made} ({path}): go on with the same, give another --output, or delete the "
                 "directory."

@@ -1,5 +1,6 @@
 """Score completions with a reward function in TRL's signature, and find their final answers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,17 @@ class Judged:
     """Of one group's rows: final answers in comparable form (None: unparsed), right or not, and verdicts.
 
     verdicts: what the reward logs under that name (`ok`, `unparsed`, `timeout`, `error`); of a reward that logs
-    none, `ok` or `unparsed` by the answers.
+    none, `ok` or `unparsed` by the answers. A row that gets no score (None, NaN) is an `error`, and not right.
     """
 
     answers: list[str | None]
     correct: list[bool]
     verdicts: list[str]
+
+
+def as_completion(text: str, prompt: Any) -> Any:
+    """As TRL gives it to rewards: the messages that answer a chat, or text."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,21 @@ class Judge:
             return []
         width = len(completions[0])
         columns = {key: repeat_for_rows([row[key] for row in rows], width) for key in rows[0]}
+        prompts = columns.pop("prompt")
         texts = [text for group in completions for text in group]
         logged: dict[str, list[Any]] = {}
         scores = self.reward(
-            completions=texts,
+            prompts=prompts,
+            completions=[as_completion(text, prompt) for text, prompt in zip(texts, prompts, strict=True)],
             completion_ids=[ids for group in tokens for ids in group],
             log_extra=logged.__setitem__,
             log_metric=lambda name, value: None,  # rates of a batch: the verdicts of each row say more
             **columns,
         )
         answers = [self.final_answer(text) for text in texts]
-        correct = [score is not None and score > RIGHT for score in scores]
+        numbers = [math.nan if score is None else float(score) for score in scores]
+        correct = [number > RIGHT for number in numbers]
         verdicts = logged.get("verdict") or ["unparsed" if answer is None else "ok" for answer in answers]
+        verdicts = ["error" if math.isnan(n) else verdict for verdict, n in zip(verdicts, numbers, strict=True)]
         by_group = (groups_of(values, width) for values in (answers, correct, verdicts))
         return [Judged(*group) for group in zip(*by_group, strict=True)]

@@ -1,8 +1,8 @@
 """Sample problems at several widths and under controls, judge every completion, and keep what was sampled on disk.
 
 What is to be sampled is a list of units, whole groups that go together; what is on disk is not sampled again. A group's
-draws depend on its problem and number alone, so neither the number of ranks nor an interruption changes a sample, and
-conditions are compared on the same draws.
+draws depend on its problem and number alone, so neither the number of ranks nor an interruption changes a sample, more
+samples can be asked for later, and conditions are compared on the same draws at each width.
 """
 
 import time
@@ -26,6 +26,7 @@ from bridge_rl.rollout import Group, Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.surgery import disable_bridge, find_state, has_bridge
 
+MOST_GROUPS = 2**20  # of a problem
 # How long ranks wait for one that samples longer.
 PATIENCE = timedelta(hours=2)
 # Finished groups are judged and written together, at the latest when they have so many rows or have waited so long.
@@ -40,16 +41,11 @@ class Unit(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Groups of one condition at one width. `per_problem`: how many each problem has in all."""
+    """Groups of one condition at one width."""
 
     condition: Condition
     width: int
-    per_problem: int
     units: list[Unit]
-
-    def index_of(self, problem: int, group: int) -> int:
-        """Among all groups: a group's draws come from it."""
-        return problem * self.per_problem + group
 
     def keys(self, unit: Unit) -> list[GroupKey]:
         return [GroupKey(self.condition, self.width, *pair) for pair in unit.pairs[: unit.own]]
@@ -70,18 +66,19 @@ def plan_sweeps(
     widths = sorted({*section.widths, 1} if controls or not listening else section.widths)
     single = max(section.samples, widths[-1])
     if not listening:
-        return [Sweep("model", 1, single, single_units(num_problems, single))]
-    sweeps = []
-    for width in widths:
-        per_problem = groups_per_problem(section, width)
-        sweeps.append(Sweep("model", width, per_problem, single_units(num_problems, per_problem)))
+        return [Sweep("model", 1, single_units(num_problems, single))]
+    numbers = {width: groups_per_problem(section, width) for width in widths}
+    sweeps = [Sweep("model", width, single_units(num_problems, number)) for width, number in numbers.items()]
     if controls:
-        sweeps.append(Sweep("disabled", 1, single, single_units(num_problems, single)))
+        sweeps.append(Sweep("disabled", 1, single_units(num_problems, single)))
         for width in widths[1:]:
-            per_problem = groups_per_problem(section, width)
-            units = exchange_units(num_problems, per_problem, width, seed)
-            sweeps.append(Sweep("shuffled", width, per_problem, units))
+            sweeps.append(Sweep("shuffled", width, exchange_units(num_problems, numbers[width], width, seed)))
     return sweeps
+
+
+def group_index(problem: int, group: int) -> int:
+    """What a group's draws come from, whatever else is sampled: more groups or problems later change none."""
+    return problem * MOST_GROUPS + group
 
 
 def single_units(num_problems: int, per_problem: int) -> list[Unit]:
@@ -143,7 +140,7 @@ class ModelSampler:
                 prompts,
                 sweep.width,
                 self.params,
-                indices=[sweep.index_of(*pair) for pair in pairs],
+                indices=[group_index(*pair) for pair in pairs],
                 options=RolloutOptions(max_rows=self.max_rows),
                 exchange=exchange,
             )
@@ -155,7 +152,8 @@ class ModelSampler:
         rows = [self.rows[problem] for problem, _, _ in batch]
         tokens = [group.tokens for _, _, group in batch]
         texts = [self.decode(group) for group in tokens]
-        cut = {limit: self.correct_at(limit, rows, tokens) for limit in self.limits}
+        verdicts = self.judge(rows, texts, tokens)
+        cut = {limit: self.correct_at(limit, rows, tokens, [v.correct for v in verdicts]) for limit in self.limits}
         return [
             SampledGroup(
                 condition=sweep.condition,
@@ -169,19 +167,26 @@ class ModelSampler:
                 verdicts=judged.verdicts,
                 finish_reasons=group.finish_reasons,
                 logprobs=[sum(row) for row in group.logprobs],
-                correct_at={limit: correct[place] for limit, correct in cut.items()},
+                correct_at={limit: right[place] for limit, right in cut.items()},
             )
-            for place, ((problem, number, group), text, judged) in enumerate(
-                zip(batch, texts, self.judge(rows, texts, tokens), strict=True)
-            )
+            for place, ((problem, number, group), text, judged) in enumerate(zip(batch, texts, verdicts, strict=True))
         ]
 
     def correct_at(
-        self, limit: int, rows: Sequence[dict[str, Any]], tokens: Sequence[list[list[int]]]
+        self,
+        limit: int,
+        rows: Sequence[dict[str, Any]],
+        tokens: Sequence[list[list[int]]],
+        correct: Sequence[list[bool]],
     ) -> list[list[bool]]:
         """As if sampled with that limit: rows in lockstep reach it together, so what came before is the same."""
-        cut = [[row[:limit] for row in group] for group in tokens]
-        return [judged.correct for judged in self.judge(rows, [self.decode(group) for group in cut], cut)]
+        right = [list(group) for group in correct]
+        longer = [(g, r) for g, group in enumerate(tokens) for r, row in enumerate(group) if len(row) > limit]
+        cut = [[tokens[g][r][:limit]] for g, r in longer]
+        judged = self.judge([rows[g] for g, _ in longer], [self.decode(row) for row in cut], cut)
+        for (g, r), verdict in zip(longer, judged, strict=True):
+            [right[g][r]] = verdict.correct
+        return right
 
     def decode(self, tokens: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -213,11 +218,11 @@ class Evaluation:
     done: set[GroupKey] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.done = {group.key for group in self.store.read()}
+        self.done = self.store.keys()
         self.state.wait_for_everyone()  # all have read before one writes
 
     def run(self, progress: Callable[[int], object] = lambda completions: None) -> list[SampledGroup]:
-        """Sample this rank's share of what is missing, and return the groups of all ranks.
+        """Sample this rank's share of what is missing; returns the groups of all ranks, on the main one.
 
         `progress` is told of completions sampled. Every rank samples in every sweep, be it nothing: ranks that hold
         shards of a model must call equally often.
@@ -228,7 +233,18 @@ class Evaluation:
                 self.store.append(group for group in groups if group.key not in done)
                 progress(sum(len(group.correct) for group in groups))
         self.state.wait_for_everyone()
-        return self.store.read()
+        return self.collected() if self.state.is_main_process else []
+
+    def collected(self) -> list[SampledGroup]:
+        """All that was asked for. Raises UserError where a part is missing, as on nodes that do not share a disk."""
+        wanted = {key for sweep in self.sweeps for unit in sweep.units for key in sweep.keys(unit)}
+        groups = [group for group in self.store.read() if group.key in wanted]
+        if len(groups) < len(wanted):
+            raise UserError(
+                f"{self.store.directory} holds {len(groups)} of {len(wanted)} groups after sampling: all ranks must "
+                "write to one disk, so name an output directory that every node shares."
+            )
+        return groups
 
     def shares(self) -> list[Sweep]:
         """This rank's share of the units of which a group is not on disk yet."""
@@ -277,4 +293,4 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     """Every id that ends a completion: the tokenizer's, and those the model declares (as TRL's trainer does)."""
     declared = model.generation_config.eos_token_id
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return sorted({tokenizer.eos_token_id, *declared})
+    return sorted({*declared, tokenizer.eos_token_id} - {None})

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,11 @@ class SampleStore:
             file.flush()
             os.fsync(file.fileno())
 
+    def keys(self) -> set[GroupKey]:
+        """Of every group of every rank."""
+        lines = (line for path in self.directory.glob("rank_*.jsonl") for line in read_lines(path))
+        return {GroupKey(*(line[name] for name in GroupKey._fields)) for line in lines}
+
     def read(self) -> list[SampledGroup]:
         """Every group of every rank, each once, in the order of their keys."""
         found: dict[GroupKey, SampledGroup] = {}
@@ -88,20 +93,36 @@ def drop_half_line(path: Path) -> None:
         file.truncate(content.rfind(b"\n") + 1)
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of one file, but for one that is still being written. Raises UserError for what is no JSON."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                content = json.loads(line)
+                GroupKey(*(content[name] for name in GroupKey._fields))
+            except (ValueError, TypeError, KeyError) as error:
+                raise damaged(path, number, error) from error
+            yield content
+
+
+def damaged(path: Path, number: int, error: Exception) -> UserError:
+    return UserError(
+        f"{path}, line {number}, is no sampled group ({type(error).__name__}: {error}): delete that line, and the "
+        "group is sampled again."
+    )
+
+
 def read_groups(path: Path) -> list[SampledGroup]:
-    """The groups of one file. A last line that is still being written is left out; raises UserError for any other."""
+    """The groups of one file. Raises UserError for a line that is no group."""
     groups = []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, start=1):
+    for number, content in enumerate(read_lines(path), start=1):
         try:
-            content = json.loads(line)
             content["correct_at"] = {int(limit): right for limit, right in content["correct_at"].items()}
             groups.append(SampledGroup(**content))
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path}, line {number}, is no sampled group ({type(error).__name__}: {error}): delete that line, and "
-                "the group is sampled again."
-            ) from error
+            raise damaged(path, number, error) from error
     return groups
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bridge_rl.report import html, tables
 from bridge_rl.report.drawing import as_svg, save_png
 from bridge_rl.report.labels import METRICS
 from bridge_rl.report.plots import draw, widths_figure
-from bridge_rl.report.viewer import choose_groups, read_pieces, read_problems, viewer_data
+from bridge_rl.report.viewer import choose_groups, hears, read_pieces, read_problems, regrouped, viewer_data
 
 # What a reader who cannot see a figure is told.
 DESCRIPTIONS = {
@@ -32,6 +33,9 @@ DESCRIPTIONS = {
     "attention": "attention on siblings by layer",
     "runs": "accuracy of several runs over width",
 }
+# What runs have to share for their difference to be one of the models, by the names in `Results.meta`.
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "reward", "prompt")
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Evaluation:
 
     @cached_property
     def results(self) -> Results:
+        check_place(self.directory)
         return read_results(self.directory / "results.json")
 
     @property
@@ -68,12 +73,15 @@ def report(args: argparse.Namespace) -> None:
     if not args.directories and args.wandb is None:
         raise UserError("bridge-rl report: name a directory that bridge-rl eval wrote, or --wandb PROJECT.")
     evaluations = [Evaluation(directory) for directory in args.directories]
+    check_different(args.directories)
     for other in evaluations[1:]:
         check_comparable(evaluations[0], other)
     for place, evaluation in enumerate(evaluations):
         others = evaluations[1:] if place == 0 else []
         for path in write_evaluation(evaluation, args.run, others):
             print(path)
+    if len(evaluations) > 1:
+        say_compared(evaluations)
     if args.wandb is not None:
         from bridge_rl.report.workspace import save_workspace  # a heavy import that only this needs
 
@@ -92,21 +100,46 @@ def write_report(directory: Path, run: Path | None = None) -> list[Path]:
 
 def write_evaluation(evaluation: Evaluation, run: Path | None, others: Sequence[Evaluation] = ()) -> list[Path]:
     """As `write_report`; with others, also their comparison with this one."""
-    results, viewer = evaluation.results, make_viewer(evaluation)
+    results, viewer = without_repeats(evaluation), make_viewer(evaluation)
     figures = draw(results, read_history(run_directory(evaluation, run)))
-    made = tables.result_tables(results)
+    alone = regrouped(results.summaries, evaluation.groups)
+    made = tables.result_tables(results, alone)
     texts = {"table.md": "\n".join(map(tables.as_markdown, made)), "table.tex": "\n".join(map(tables.as_latex, made))}
-    compared = None
+    compared, caution = None, settings_caution([evaluation, *others])
     if others:
         compared = comparison_table(evaluation, others)
         figures["runs"] = runs_figure([evaluation, *others])
-        texts["comparison.md"] = tables.as_markdown(compared)
+        texts["comparison.md"] = tables.as_markdown(replace(compared, note=caution))
     other_names = run_names([evaluation, *others])[1:]
-    page = html.Page(evaluation.model, evaluation.suite, results, svgs(figures), viewer, compared, other_names)
+    page = html.Page(
+        evaluation.model,
+        evaluation.suite,
+        results,
+        svgs(figures),
+        viewer,
+        compared,
+        other_names,
+        caution,
+        alone,
+        hears(evaluation.groups),
+    )
     return write_files(evaluation.directory, {"report.html": html.render(page), **texts}, figures)
 
 
+def without_repeats(evaluation: Evaluation) -> Results:
+    """The results, in which a line of rows sampled one by one does not stand once more as one of another width."""
+    results = evaluation.results
+    if "model" not in regrouped(results.summaries, evaluation.groups):
+        return results
+    kept = {(a.method, a.condition, a.samples): a for a in sorted(results.aggregated, key=lambda a: -a.width)}
+    return replace(results, aggregated=[a for a in results.aggregated if a in kept.values()])
+
+
 def write_files(directory: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> list[Path]:
+    """Also removes what an earlier report wrote and this one does not: it would show other results."""
+    for name in {"comparison.md", *(f"{name}.png" for name in DESCRIPTIONS)}:
+        if name not in texts and name.removesuffix(".png") not in figures:
+            (directory / name).unlink(missing_ok=True)
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
     for name, figure in figures.items():
@@ -145,6 +178,26 @@ def read_history(run: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+# -- what was asked for ---------------------------------------------------------------------------------------------
+
+
+def check_place(directory: Path) -> None:
+    """Raise UserError that names the evaluations in a directory that has some and is none."""
+    patterns = ("*/results.json", "eval/*/results.json", "evaluation/*/results.json")
+    inside = [] if (directory / "results.json").is_file() else [p for name in patterns for p in directory.glob(name)]
+    if inside:
+        found = sorted(str(path.parent) for path in inside)
+        names = ", ".join(found[:MOST_NAMED]) + (f" and {len(found) - MOST_NAMED} more" if found[MOST_NAMED:] else "")
+        raise UserError(f"There is no {directory / 'results.json'}, but there are evaluations in it: name {names}.")
+
+
+def check_different(directories: Sequence[Path]) -> None:
+    """Raise UserError where one directory is named twice."""
+    for place, directory in enumerate(directories):
+        if directory.resolve() in [earlier.resolve() for earlier in directories[:place]]:
+            raise UserError(f"{directory} is named twice: name each directory once, a run is not compared with itself.")
+
+
 # -- several runs ---------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +214,33 @@ def check_comparable(first: Evaluation, second: Evaluation) -> None:
             f"{first.directory} and {second.directory} cannot be compared: their problems differ; evaluate both with "
             "the same --suite, --problems and --seed."
         )
+
+
+def settings_caution(evaluations: Sequence[Evaluation]) -> str:
+    """A sentence that names what runs were evaluated with otherwise; empty where all is the same."""
+    names = run_names(evaluations)
+    metas = [evaluation.results.meta for evaluation in evaluations]  # a run's own evaluations name no settings
+    differing = []
+    for key in SETTINGS:
+        known = {name: meta[key] for name, meta in zip(names, metas, strict=True) if key in meta}
+        if len(set(map(str, known.values()))) > 1:
+            values = [f"{textwrap.shorten(str(value), 80)} in {name}" for name, value in known.items()]
+            differing.append(f"{html.META[key]} ({', '.join(values)})")
+    if not differing:
+        return ""
+    return (
+        f"Caution: these runs were evaluated with other settings, which may be why they differ: {'; '.join(differing)}."
+    )
+
+
+def say_compared(evaluations: Sequence[Evaluation]) -> None:
+    """Where the comparison is, and what to beware of."""
+    caution = settings_caution(evaluations)
+    if caution:
+        print(caution)
+    first, *others = evaluations
+    named = ", ".join(str(other.directory) for other in others)
+    print(f"{first.directory} is compared with {named} in {first.directory / 'report.html'}, under 'Runs compared'")
 
 
 def comparison_table(evaluation: Evaluation, others: Sequence[Evaluation]) -> tables.Table:

@@ -14,12 +14,14 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from bridge_rl.evaluation.results import Estimate
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
 MARKERS = "osD^vPX"
+RAMP = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")  # of what has an order, such as widths
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 HATCHES = ("", "///", "...", "xx")
 INK, GRID = "#222222", "#b8b8b8"
@@ -46,23 +48,30 @@ styled = matplotlib.rc_context(STYLE)
 
 def panels(count: int) -> tuple[Figure, list[Axes]]:
     """`count` axes, at most four side by side."""
-    columns = 3 if count in (5, 6) else min(count, 4)
+    columns = 3 if count in (5, 6, 9) else min(count, 4)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(4.2, 3.1 * columns), 2.9 * rows), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
-def line(axis: Axes, place: int, name: str, at: Sequence[float], values: Sequence[Estimate]) -> None:
-    """One arm with its intervals; `place` picks colour, marker and dash."""
+def ramp(place: int, count: int) -> str:
+    """Colour of one of `count` things in their order, from faint to strong."""
+    return RAMP[-1] if count == 1 else RAMP[place * (len(RAMP) - 1) // (count - 1)]
+
+
+def line(
+    axis: Axes, place: int, name: str, at: Sequence[float], values: Sequence[Estimate], colour: str | None = None
+) -> None:
+    """One arm with its intervals; `place` picks marker, dash and colour; with a `colour` of its own it is undashed."""
     look = place % len(COLOURS)
     axis.errorbar(
         at,
         [value.value for value in values],
         yerr=arms_of(values),
         label=shown_name(name),
-        color=COLOURS[look],
+        color=colour or COLOURS[look],
         marker=MARKERS[look],
-        linestyle=DASHES[look],
+        linestyle=DASHES[0 if colour else look],
         elinewidth=1,
         capsize=2.5,
     )
@@ -89,7 +98,8 @@ def finish(figure: Figure, axes: Sequence[Axes], entries: int) -> None:
     for axis in axes:
         axis.set_ylim(bottom=0)
     if entries > 1:
-        handles, labels = axes[0].get_legend_handles_labels()
+        found = zip(*axes[0].get_legend_handles_labels(), strict=True)
+        handles, labels = zip(*sorted(found, key=lambda pair: isinstance(pair[0], Line2D)), strict=True)  # marks last
         columns = int(14 * figure.get_figwidth() / (6 + max(map(len, labels))))  # about 14 letters fit an inch
         figure.legend(handles, labels, loc="outside upper left", ncols=max(1, min(entries, columns)))
 
@@ -117,7 +127,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def as_svg(figure: Figure, name: str, description: str) -> str:
-    """An `<svg>` for a page: ids begin with `name`; colours are the page's `--ink`, `--grid`, `--c0`, `--c1` ..."""
+    """An `<svg>` for a page: ids begin with `name`; colours are the page's `--ink`, `--grid`, `--c0` ..., `--r0` ..."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(STYLE):
@@ -125,6 +135,9 @@ def as_svg(figure: Figure, name: str, description: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r'\bid="', f'id="{name}-', text[text.index("<svg") :])
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    for colour, variable in {INK: "ink", GRID: "grid", **{c: f"c{place}" for place, c in enumerate(COLOURS)}}.items():
+    variables = {INK: "ink", GRID: "grid"}
+    for letter, colours in (("c", COLOURS), ("r", RAMP)):
+        variables |= {colour: f"{letter}{place}" for place, colour in enumerate(colours)}
+    for colour, variable in variables.items():
         text = text.replace(colour, f"var(--{variable})")
     return text.replace("<svg ", f'<svg class="figure" role="img" aria-label="{escape(description)}" ', 1)

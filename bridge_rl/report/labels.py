@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from bridge_rl.evaluation.results import Comparison, Estimate, Summary
+from bridge_rl.evaluation.results import Estimate, Summary
 
 CONDITIONS = {
     "model": "model",
@@ -68,5 +68,10 @@ def estimate(value: Estimate) -> str:
     return f"{number(value.value)} [{number(value.low)}, {number(value.high)}]"
 
 
-def p_value(comparison: Comparison) -> str:
-    return "<0.001" if comparison.p < 0.001 else f"{comparison.p:.3f}"
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def shorter(value: Estimate) -> str:
+    """An estimate without the zeros before the points."""
+    return re.sub(r"(?<!\d)0\.", ".", estimate(value))

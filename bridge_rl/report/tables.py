@@ -1,10 +1,10 @@
 """Results as tables: for a terminal, Markdown, LaTeX; pages render the same `Table`."""
 
-import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from bridge_rl.evaluation.intervals import holm
 from bridge_rl.evaluation.results import (
     Aggregated,
     Comparison,
@@ -22,6 +22,7 @@ from bridge_rl.report.labels import (
     number,
     ordered_metrics,
     p_value,
+    shorter,
 )
 
 TERMINAL_COLUMNS = 120
@@ -37,12 +38,13 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. `text_columns`: how many at the left are words, not figures."""
+    """Cells as text. text_columns: how many at the left are words, not figures. note: a sentence below it."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
     text_columns: int = 1
+    note: str = ""
 
 
 # -- what stands in them --------------------------------------------------------------------------------------------
@@ -76,11 +78,23 @@ def metric_table(summaries: Sequence[Summary]) -> Table:
 
 
 def comparison_table(comparisons: Sequence[Comparison], title: str = "Controls and comparisons") -> Table:
-    header = ["comparison", "first", "second", "metric", "difference", "p", "problems"]
+    """p as it is, and corrected for the number of comparisons of one metric, which ask one question."""
+    header = ["comparison", "first", "second", "metric", "difference", "p, uncorrected", "p, Holm", "problems"]
     rows = [
-        [c.name, c.first, c.second, c.metric, estimate(c.difference), p_value(c), str(c.problems)] for c in comparisons
+        [c.name, c.first, c.second, c.metric, estimate(c.difference), p_value(c.p), p_value(p), str(c.problems)]
+        for c, p in zip(comparisons, corrected(comparisons), strict=True)
     ]
     return Table(title, header, rows, text_columns=4)
+
+
+def corrected(comparisons: Sequence[Comparison]) -> list[float]:
+    """Holm's p of each among those of its metric: of siblings pass@1, of coverage any, of votes maj."""
+    found = [comparison.p for comparison in comparisons]
+    for metric in {comparison.metric for comparison in comparisons}:
+        places = [place for place, comparison in enumerate(comparisons) if comparison.metric == metric]
+        for place, p in zip(places, holm([found[place] for place in places]), strict=True):
+            found[place] = p
+    return found
 
 
 def aggregated_table(aggregated: Sequence[Aggregated]) -> Table:
@@ -124,9 +138,37 @@ def counterfactual_table(counterfactuals: Sequence[Counterfactual]) -> Table:
     return Table("A wrong row with other siblings", header, rows)
 
 
-def result_tables(results: Results) -> list[Table]:
-    """Every table for which there is something to say, in the order of a report."""
-    tables = [summary_table(results.summaries), metric_table(results.summaries)]
+def counterfactual_sentence(counterfactuals: Sequence[Counterfactual]) -> str:
+    """Whether right siblings put wrong rows right, more than wrong ones do; empty where that was not measured."""
+    more = next((c.over_wrong for c in counterfactuals if c.siblings == "right"), None)
+    if more is None:
+        return ""
+    size, way = shorter(Estimate(abs(more.value))), "more" if more.value >= 0 else "less"
+    if more.low is None or more.high is None:
+        return f"In this one problem a wrong row became right {size} {way} often beside right siblings than wrong ones."
+    ends = f"[{shorter(Estimate(more.low))}, {shorter(Estimate(more.high))}]"
+    if more.low > 0 or more.high < 0:
+        return f"Beside right siblings a wrong row becomes right {size} {way} often than beside wrong ones {ends}."
+    return (
+        "No difference between right and wrong siblings is shown: how much more often a wrong row becomes right beside "
+        f"right ones than beside wrong ones is {shorter(Estimate(more.value))} {ends}."
+    )
+
+
+def regrouped_note(regrouped: Sequence[str]) -> str:
+    """What lines of rows that were sampled one by one are; empty where there are none (`viewer.regrouped`)."""
+    if not regrouped:
+        return ""
+    alone = "With the Bridge disabled"
+    if "model" in regrouped:
+        alone = "Since rows of this model do not hear each other,"
+    return f"{alone} the same rows, sampled one by one, are put into groups of every width: its lines are one sample."
+
+
+def result_tables(results: Results, regrouped: Sequence[str] = ()) -> list[Table]:
+    """Every table for which there is something to say, in the order of a report. regrouped: see `viewer.regrouped`."""
+    summary = replace(summary_table(results.summaries), note=regrouped_note(regrouped))
+    tables = [summary, metric_table(results.summaries)]
     if results.comparisons:
         tables.append(comparison_table(results.comparisons))
     if results.aggregated:
@@ -168,11 +210,6 @@ def terminal_table(summaries: Sequence[Summary], metrics: Sequence[str]) -> Tabl
     return Table("", ["condition", "width", "groups", *metrics], rows)
 
 
-def shorter(value: Estimate) -> str:
-    """An estimate without the zeros before the points."""
-    return re.sub(r"(?<!\d)0\.", ".", estimate(value))
-
-
 def as_text(table: Table) -> str:
     """Columns of equal width, words to the left and figures to the right."""
     widths = column_widths(table)
@@ -199,7 +236,8 @@ def as_markdown(table: Table) -> str:
     rule = [":---" if place < table.text_columns else "---:" for place in range(len(table.header))]
     rows = [[escape_markdown(cell) for cell in row] for row in [table.header, *table.rows]]
     lines = ["| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]]
-    return f"### {table.title}\n\n" + "\n".join(lines) + "\n"
+    note = f"\n{escape_markdown(table.note)}\n" if table.note else ""
+    return f"### {table.title}\n\n" + "\n".join(lines) + "\n" + note
 
 
 def escape_markdown(text: str) -> str:

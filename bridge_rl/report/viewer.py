@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation.results import Summary
 from bridge_rl.evaluation.samples import SampledGroup
 from bridge_rl.report.labels import CONDITIONS
 
@@ -16,6 +17,21 @@ MIXED_SHARE = 0.75  # of those shown, where there are enough: groups with right 
 
 def is_mixed(group: SampledGroup) -> bool:
     return any(group.correct) and not all(group.correct)
+
+
+def regrouped(summaries: Sequence[Summary], groups: Sequence[SampledGroup]) -> list[str]:
+    """Conditions whose rows were sampled one by one and then put into groups of every width."""
+    found = []
+    for condition in CONDITIONS:
+        sampled = {group.width for group in groups if group.condition == condition}
+        if sampled == {1} and any(s.condition == condition and s.width > 1 for s in summaries):
+            found.append(condition)
+    return found
+
+
+def hears(groups: Sequence[SampledGroup]) -> bool:
+    """Whether rows of the model were sampled in groups, in which they hear each other."""
+    return any(group.condition == "model" and group.width > 1 for group in groups)
 
 
 def choose_groups(

@@ -42,7 +42,7 @@ _ANSWER_IS = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:)[\s:*]*(?=\S)", r
 _DELIMITED = re.compile(
     r"\$\$((?:\\.|[^$\\])+)\$\$|\$((?:\\.|[^$\\])+)\$|\\\[((?:(?!\\\]).)+)\\\]|\\\(((?:(?!\\\)).)+)\\\)", re.DOTALL
 )
-_SENTENCE_END = re.compile(r"[.!?;]?\s*$|[.!?;]\s")
+_SENTENCE_END = re.compile(r"[.!?;](?:\s|$)")
 _GROUP_OF_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
@@ -104,7 +104,7 @@ def _clause(rest: str) -> str:
     """What stands after "the answer is": a formula between delimiters, else up to the end of the sentence."""
     if formula := _DELIMITED.match(rest):
         return _inside(formula)
-    line = rest.split("\n", 1)[0]
+    line = rest.split("\n", 1)[0].rstrip()
     end = _SENTENCE_END.search(line)
     return line[: end.start()] if end else line
 

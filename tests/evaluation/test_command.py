@@ -108,7 +108,7 @@ def test_a_users_file_reward_and_function_are_taken(checkpoint, tmp_path):
         "".join(json.dumps({"problem": f"{n},11,12,13,14,15:{n + 11}", "answer": str(n)}) + "\n" for n in (20, 21, 22))
     )
     (tmp_path / "mine.py").write_text(
-        "def reward(completions, **kwargs):\n    return [float('!' in c) for c in completions]\n"
+        "def reward(completions, **kwargs):\n    return [float('!' in c[-1]['content']) for c in completions]\n"
         "def final_answer(completion):\n    return completion[-1:] or None\n"
         "def last(rows):\n    return len(rows) - 1\n"
     )
@@ -166,8 +166,10 @@ def test_the_mean_over_suites_by_hand():
         (["--widths", "1,9", "--controls", "--problems", "8"], "need 9 problems at width 9, there are 8"),
         (["--max-rows", "2"], "must hold a group of the largest"),
         (["--seed", "1"], "holds samples made with seed 0, not 1"),
-        (["--samples", "8"], "holds samples made with samples 4, not 8"),
-        (["--problems", "4"], "holds samples of other problems"),
+        (["--problems", "4"], "holds samples made with other problems or prompts"),
+        (["--problems", "0"], "--problems is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--probe-rows", "0"], "--probe-rows is 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(checkpoint, evaluated, capsys, options, complaint):
@@ -186,7 +188,68 @@ def test_other_weights_do_not_go_on_with_samples(checkpoint, evaluated, tmp_path
     br.save_bridge(model, checkpoint, merged=True)
     with pytest.raises(SystemExit):
         evaluate(checkpoint, evaluated[0], "--lengths", "8,32")
-    assert "holds samples of other weights" in capsys.readouterr().err
+    assert "holds samples made with other weights" in capsys.readouterr().err
+
+
+def test_a_reward_that_was_edited_does_not_go_on_with_old_verdicts(checkpoint, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def reward(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    options = ["--reward", f"{tmp_path / 'mine.py'}:reward"]
+    assert evaluate(checkpoint, tmp_path / "out", *options).summaries[0].metrics["pass@1"].value == 1.0
+    (tmp_path / "mine.py").write_text("def reward(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path / "out", *options)
+    assert "made with another version of the reward's file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("return [1 / 0 for c in completions]", "failed with ZeroDivisionError in line 2 of"),
+        ("return ['yes'] * len(completions)", "returned 'yes' for a row: return a number or None"),
+        ("return [1.0]", "returned 1 values for"),
+    ],
+)
+def test_a_reward_that_fails_is_one_sentence(checkpoint, tmp_path, capsys, body, complaint):
+    (tmp_path / "mine.py").write_text(f"def reward(completions, **kwargs):\n    {body}\n")
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path / "out", "--reward", f"{tmp_path / 'mine.py'}:reward")
+    assert complaint in capsys.readouterr().err
+
+
+def test_rows_without_a_score_are_wrong_and_counted(checkpoint, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def reward(completions, **kwargs):\n    return [None] * len(completions)\n")
+    results = evaluate(checkpoint, tmp_path / "out", "--reward", f"{tmp_path / 'mine.py'}:reward")
+    assert results.summaries[0].metrics["unjudged"].value == 1.0
+    assert any(verdict.startswith("Caution: 100% of rows could not be judged") for verdict in results.verdicts)
+
+
+def test_answers_that_math_verify_cannot_read_do_for_a_reward_that_can(checkpoint, tmp_path):
+    (tmp_path / "words.jsonl").write_text(json.dumps({"problem": "20,11,12,13,14,15:31", "answer": "x^2 +"}) + "\n")
+    suite = ["--suite", str(tmp_path / "words.jsonl")]
+    evaluate(checkpoint, tmp_path / "out", *suite, "--reward", "rewards/two_tries.py:correct")
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path / "math", *suite)
+
+
+def test_a_checkpoint_of_a_run_is_evaluated_as_the_run(tmp_path):
+    from bridge_rl.evaluation.job import trained_with
+
+    (tmp_path / "recipe.yaml").write_text((ROOT / "recipes/tiny_arith.yaml").read_text())
+    (tmp_path / "checkpoint-4").mkdir()
+    for directory in (tmp_path, tmp_path / "checkpoint-4"):
+        assert trained_with(str(directory)).rollout.max_new_tokens == 32
+    assert trained_with(str(tmp_path / "other")) is None
+
+
+def test_an_adapter_goes_on_where_it_was(tmp_path, capsys):
+    """PEFT keeps blocks that it has replaced, with random weights: they are no part of what is evaluated."""
+    small = ["training.max_steps=1", "warmup.problems=16", "warmup.steps=1", "data.eval=null", "train=lora"]
+    rows = ["training.per_device_train_batch_size=16", f"output_dir={tmp_path / 'run'}"]
+    main(["train", "recipes/tiny_arith.yaml", *small, *rows])
+    first = evaluate(tmp_path / "run", tmp_path / "out")
+    capsys.readouterr()
+    assert evaluate(tmp_path / "run", tmp_path / "out").summaries == first.summaries
+    assert "groups are there already" in capsys.readouterr().out
 
 
 def start(command: list[str]) -> subprocess.Popen:

@@ -34,7 +34,9 @@ def sample(sweep: Sweep):
 
 
 class State:
-    """A rank of several."""
+    """A rank of several, of which each takes itself for the main one, and so collects."""
+
+    is_main_process = True
 
     def __init__(self, process_index=0, num_processes=1):
         self.process_index, self.num_processes = process_index, num_processes
@@ -74,12 +76,22 @@ def test_rows_that_hear_nobody_are_sampled_once_for_all_widths():
     assert (sweep.condition, sweep.width, num_completions([sweep])) == ("model", 1, 3 * 16)
 
 
-def test_conditions_draw_alike():
-    """The same index for the same problem and group: compared on the same draws."""
-    sweeps = {(s.condition, s.width): s for s in plan_sweeps(SECTION, 6, True, True, 0)}
-    for problem, group in ((0, 0), (3, 1), (5, 1)):
-        assert sweeps["model", 4].index_of(problem, group) == sweeps["shuffled", 4].index_of(problem, group)
-        assert sweeps["model", 1].index_of(problem, group) == sweeps["disabled", 1].index_of(problem, group)
+def test_more_samples_and_widths_later_keep_those_that_are_there(tmp_path):
+    store = SampleStore(tmp_path)
+    few = plan_sweeps(EvaluationSection(widths=[1, 2], samples=4), 6, True, True, 0)
+    before = Evaluation(few, sample, store, State()).run()
+    many = plan_sweeps(SECTION, 6, True, True, 0)
+    more = Evaluation(many, sample, store, State())
+    assert num_completions(more.shares()) == num_completions(many) - num_completions(few)
+    after = more.run()
+    assert before == [group for group in after if group.key in {b.key for b in before}]
+    assert Evaluation(few, sample, store, State()).run() == before, "groups that were not asked for are among them"
+
+
+def test_ranks_without_a_shared_disk_are_told_so(tmp_path):
+    sweeps = plan_sweeps(SECTION, 6, True, True, 0)
+    with pytest.raises(UserError, match="of 168 groups after sampling: all ranks must write to one disk"):
+        Evaluation(sweeps, sample, SampleStore(tmp_path, 1), State(1, 2)).run()
 
 
 @pytest.mark.parametrize("num_problems", [4, 5, 7, 8])
@@ -128,12 +140,13 @@ def test_ranks_share_what_is_missing_and_another_number_of_ranks_goes_on(tmp_pat
     expected = Evaluation(sweeps, sample, SampleStore(tmp_path / "one"), State()).run()
     shared = [Evaluation(sweeps, sample, SampleStore(tmp_path / "two", rank), State(rank, 2)) for rank in range(2)]
     assert sum(num_completions(evaluation.shares()) for evaluation in shared) == num_completions(sweeps)
-    for evaluation in shared[:1]:  # the other is cut off before it begins
-        evaluation.run()
+    with pytest.raises(UserError, match="one disk"):
+        shared[0].run()  # the other is cut off before it begins
     three = [Evaluation(sweeps, sample, SampleStore(tmp_path / "two", rank), State(rank, 3)) for rank in range(3)]
-    for evaluation in three:
-        groups = evaluation.run()
-    assert groups == expected
+    for evaluation in three[:2]:
+        with pytest.raises(UserError, match="one disk"):
+            evaluation.run()
+    assert three[2].run() == expected
     lines = sum(len(path.read_text().splitlines()) for path in (tmp_path / "two").iterdir())
     assert lines == len(expected)
 
