@@ -24,6 +24,7 @@ from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import read_results
 from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.evaluation.run import group_index
 from bridge_rl.harness import BridgeLM, main, split_requests
 from bridge_rl.models import load_model, load_reward, load_tokenizer
 from bridge_rl.rollout.sampling import stream_seed
@@ -80,7 +81,8 @@ def ours(checkpoint: str, problems: list[dict], width: int, groups: int = 1, see
     rows = [row for row in problems for _ in range(groups)]
     ids = prompt_tokens(tokenizer, [[{"role": "user", "content": row["problem"]}] for row in rows])
     params = br.SamplingParams(32, eos_token_id=[2], seed=stream_seed(seed, "evaluation"), **sampling)
-    made = br.generate_groups(model, ids, width, params, tokenizer=tokenizer)
+    indices = [group_index(problem, group) for problem in range(len(problems)) for group in range(groups)]
+    made = br.generate_groups(model, ids, width, params, indices, tokenizer=tokenizer)
     texts = [[tokenizer.decode(row, skip_special_tokens=True) for row in group.tokens] for group in made]
     return [list(chain(*texts[start : start + groups])) for start in range(0, len(texts), groups)]
 
@@ -177,12 +179,12 @@ def test_each_group_of_a_document_has_an_index_of_its_own():
         requests += [Instance("generate_until", {}, (str(doc), SAMPLED), 0, ("task", doc, 6))] * 6
     groups = split_requests(requests, 2)
     assert [(group.context, group.width, group.index) for group in groups] == [
-        ("2", 2, 6),
-        ("2", 2, 7),
-        ("2", 2, 8),
-        ("7", 2, 21),
-        ("7", 2, 22),
-        ("7", 2, 23),
+        ("2", 2, group_index(2, 0)),
+        ("2", 2, group_index(2, 1)),
+        ("2", 2, group_index(2, 2)),
+        ("7", 2, group_index(7, 0)),
+        ("7", 2, group_index(7, 1)),
+        ("7", 2, group_index(7, 2)),
     ]
 
 

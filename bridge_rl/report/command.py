@@ -188,7 +188,7 @@ def check_place(directory: Path) -> None:
     if inside:
         found = sorted(str(path.parent) for path in inside)
         names = ", ".join(found[:MOST_NAMED]) + (f" and {len(found) - MOST_NAMED} more" if found[MOST_NAMED:] else "")
-        raise UserError(f"There is no {directory / 'results.json'}, but there are evaluations in it: name {names}.")
+        raise UserError(f"There is no {directory / 'results.json'}, but there are evaluations in it: name one of {names}.")
 
 
 def check_different(directories: Sequence[Path]) -> None:
