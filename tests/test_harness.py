@@ -23,9 +23,9 @@ from bridge_rl.config import ModelSection, RewardSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import read_results
-from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.evaluation.run import group_index
-from bridge_rl.harness import BridgeLM, main, split_requests
+from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.harness import BridgeLM, split_requests
 from bridge_rl.models import load_model, load_reward, load_tokenizer
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.tiny.task import dataset
@@ -281,7 +281,8 @@ def test_a_mistake_is_one_sentence_on_the_command_line(tmp_path, monkeypatch, ca
     monkeypatch.chdir(ROOT)
     task = ["--include_path", str(TASK.parent), "--tasks", "two_tries", "--limit", "1"]
     with pytest.raises(SystemExit) as exit_:
-        main(["--model", "bridge", "--model_args", f"pretrained={TINY},width=3", "--apply_chat_template", *task])
+        model = ["--model", "bridge", "--model_args", f"pretrained={TINY},width=3", "--apply_chat_template"]
+        bridge_rl(["lm-eval", *model, *task])
     assert exit_.value.code == 2
     assert "error: task two_tries has repeats 4, which are not whole groups of width 3" in capsys.readouterr().err
 
