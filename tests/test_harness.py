@@ -280,8 +280,8 @@ def test_a_mistake_is_one_sentence_on_the_command_line(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.chdir(ROOT)
     task = ["--include_path", str(TASK.parent), "--tasks", "two_tries", "--limit", "1"]
+    model = ["--model", "bridge", "--model_args", f"pretrained={TINY},width=3", "--apply_chat_template"]
     with pytest.raises(SystemExit) as exit_:
-        model = ["--model", "bridge", "--model_args", f"pretrained={TINY},width=3", "--apply_chat_template"]
         bridge_rl(["lm-eval", *model, *task])
     assert exit_.value.code == 2
     assert "error: task two_tries has repeats 4, which are not whole groups of width 3" in capsys.readouterr().err

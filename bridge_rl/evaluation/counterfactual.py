@@ -96,14 +96,15 @@ def run_counterfactuals(
     judge: Judging,
     max_rows: int = 64,
     rows_at_once: int = 256,
+    tokens_at_once: int = 262_144,
     seed: int = 0,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Counterfactual]:
     """One result a kind of siblings, with 95 % intervals over problems, from `groups` of one width.
 
     rows, prompt_ids: by problem. params, index_of: what the groups were sampled with, so that a row's draws are its
-    own. max_rows: wrong rows that are tried, a choice by `seed` from all that can be. rows_at_once: in one batch,
-    siblings included. progress: told of rows sampled anew, and of how many there will be.
+    own. max_rows: wrong rows that are tried, a choice by `seed` from all that can be. rows_at_once, tokens_at_once: in one
+    batch, siblings and prompts included, as far as a group allows. progress: told of rows sampled anew, and of how many there will be.
     Empty where rows cannot hear each other (width 1, P-Match), and where no wrong row can be tried.
     """
     if find_state(model).config.kind != "bridge" or any(group.width == 1 for group in groups):
@@ -111,7 +112,8 @@ def run_counterfactuals(
     trials = choose_trials(groups, max_rows, seed)
     if not trials:
         return []
-    size = max(1, rows_at_once // trials[0].row.group.width)
+    longest = max(map(len, prompt_ids)) + params.max_new_tokens
+    size = max(1, min(rows_at_once, tokens_at_once // longest) // trials[0].row.group.width)
     before = [trial.row.logprob for trial in trials]
     outcomes: dict[Siblings, list[Outcome]] = {}
     for number, kind in enumerate(KINDS):

@@ -208,6 +208,7 @@ def make_job(
     listening = listens(model)
     if (args.controls or args.probes) and not listening and PartialState().is_main_process:
         print("--controls and --probes are left out: without a Bridge no row hears another.", flush=True)
+    say_what_shuffling_needs(section, args.controls and listening)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -289,6 +290,17 @@ def say_uneven_samples(section: EvaluationSection) -> None:
         if section.samples % width != 0 and PartialState().is_main_process:
             taken = width * groups_per_problem(section, width)
             print(f"width {width}: {taken} samples a problem, not {section.samples}", flush=True)
+
+
+def say_what_shuffling_needs(section: EvaluationSection, controls: bool) -> None:
+    """A block that exchanges siblings runs as a whole."""
+    rows = max(section.widths) ** 2
+    if controls and section.max_rows is not None and rows > section.max_rows and PartialState().is_main_process:
+        print(
+            f"--controls: shuffled siblings at width {max(section.widths)} need {rows} rows at once, more than --max-rows "
+            f"{section.max_rows}: they will have them",
+            flush=True,
+        )
 
 
 def claim(directory: Path, settings: dict[str, Any]) -> None:

@@ -110,7 +110,6 @@ def write_evaluation(evaluation: Evaluation, run: Path | None, others: Sequence[
         compared = comparison_table(evaluation, others)
         figures["runs"] = runs_figure([evaluation, *others])
         texts["comparison.md"] = tables.as_markdown(replace(compared, note=caution))
-    other_names = run_names([evaluation, *others])[1:]
     page = html.Page(
         evaluation.model,
         evaluation.suite,
@@ -118,7 +117,7 @@ def write_evaluation(evaluation: Evaluation, run: Path | None, others: Sequence[
         svgs(figures),
         viewer,
         compared,
-        other_names,
+        run_names([evaluation, *others]),
         caution,
         alone,
         hears(evaluation.groups),
@@ -188,7 +187,9 @@ def check_place(directory: Path) -> None:
     if inside:
         found = sorted(str(path.parent) for path in inside)
         names = ", ".join(found[:MOST_NAMED]) + (f" and {len(found) - MOST_NAMED} more" if found[MOST_NAMED:] else "")
-        raise UserError(f"There is no {directory / 'results.json'}, but there are evaluations in it: name one of {names}.")
+        raise UserError(
+            f"There is no {directory / 'results.json'}, but there are evaluations in it: name one of {names}."
+        )
 
 
 def check_different(directories: Sequence[Path]) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -59,7 +59,7 @@ class Viewer:
 class Page:
     """What a page shows. figures: SVG by the names of `plots.draw`. compared: with other runs, where there are any.
 
-    caution: of runs that were not evaluated alike. regrouped, hears: see `viewer`.
+    runs: their names, its own first. caution: of runs that were not evaluated alike. regrouped, hears: see `viewer`.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Page:
     figures: Mapping[str, str]
     viewer: Viewer | None = None
     compared: tables.Table | None = None
-    others: Sequence[str] = field(default_factory=list)
+    runs: Sequence[str] = ()
     caution: str = ""
     regrouped: Sequence[str] = ()
     hears: bool = False
@@ -182,10 +182,10 @@ def no_controls_note(regrouped: Sequence[str]) -> str:
 def g_pass_caption(summaries: Sequence[Summary], hears: bool) -> str:
     """What the figure has: mixed groups stand in it only where a problem has as many groups as rows."""
     own = ", which hear each other" if hears else ""
-    text = f"G-Pass over the threshold τ: the chance that at least that share of w rows are right, of one group's{own}"
+    text = f"G-Pass over the threshold τ: the chance that at least that share is right of the w rows of a group{own}"
     if any(family.startswith("mixed/") for family in g_pass_families(summaries)):
         mixed = ", which do not" if hears else ""
-        return f"{text}; and of one row from each of w groups{mixed}: that needs w groups a problem."
+        return f"{text}; and of w rows, one from each of w groups{mixed}: that needs w groups a problem."
     return text + "."
 
 

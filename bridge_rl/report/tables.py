@@ -159,10 +159,8 @@ def regrouped_note(regrouped: Sequence[str]) -> str:
     """What lines of rows that were sampled one by one are; empty where there are none (`viewer.regrouped`)."""
     if not regrouped:
         return ""
-    alone = "With the Bridge disabled"
-    if "model" in regrouped:
-        alone = "Since rows of this model do not hear each other,"
-    return f"{alone} the same rows, sampled one by one, are put into groups of every width: its lines are one sample."
+    who = "Rows of this model do not hear each other" if "model" in regrouped else "Bridge disabled"
+    return f"{who}: the lines of all widths are the same rows, sampled one by one and regrouped."
 
 
 def result_tables(results: Results, regrouped: Sequence[str] = ()) -> list[Table]:

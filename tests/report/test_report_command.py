@@ -90,7 +90,7 @@ def test_a_run_without_history_is_refused(tmp_path):
         report(str(directory), "--run", str(tmp_path))
 
 
-def test_runs_are_compared_on_the_same_problems(tmp_path):
+def test_runs_are_compared_on_the_same_problems(tmp_path, capsys):
     first = copy(make_evaluation(tmp_path / "made", problems=12, widths=(1, 4)), tmp_path / "first")
     made = make_evaluation(tmp_path / "other", problems=12, widths=(1, 4), seed=5)
     second = copy(made, tmp_path / "second")
@@ -107,8 +107,58 @@ def test_runs_are_compared_on_the_same_problems(tmp_path):
     ]
     expected = compare(*groups, "pass@1", "width 4", "runs/first", "runs/second")
     assert expected.difference.value != 0
-    assert tables.as_markdown(tables.comparison_table([expected])).splitlines()[4] in lines
-    assert "Runs compared" in (first / "report.html").read_text()
+    [row] = tables.comparison_table([expected]).rows
+    assert any(line.startswith("| " + " | ".join(row[:6]) + " |") for line in lines)
+    page = (first / "report.html").read_text()
+    assert "Runs compared" in page
+    assert "Caution" not in page
+    out = capsys.readouterr().out
+    assert "Caution" not in out
+    assert f"{first} is compared with {second} in {first / 'report.html'}" in out
+
+    report(str(first))  # alone: what was drawn of several runs is out of date
+    assert not (first / "runs.png").exists()
+    assert not (first / "comparison.md").exists()
+
+
+def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    for name in ("training.png", "mine.png"):
+        (directory / name).write_bytes(b"old")
+    command.write_report(directory)
+    assert not (directory / "training.png").exists()
+    assert (directory / "mine.png").read_bytes() == b"old"
+
+
+def test_runs_evaluated_otherwise_are_compared_with_caution(tmp_path, capsys):
+    first = copy(make_evaluation(tmp_path / "made", problems=3, widths=(1, 2)), tmp_path / "first")
+    second = copy(first, tmp_path / "second", temperature=0.7, prompt="{problem} Think.")
+    report(str(first), str(second))
+    caution = (
+        "Caution: these runs were evaluated with other settings, which may be why they differ: temperature (1.0 in "
+        "runs/first, 0.7 in runs/second); prompt ({problem} in runs/first, {problem} Think. in runs/second)."
+    )
+    assert caution in capsys.readouterr().out
+    page = (first / "report.html").read_text()
+    assert caution in page
+    assert "runs/first (first) with runs/second, on the same problems" in page
+    assert caution in (first / "comparison.md").read_text()
+
+
+def test_a_directory_named_twice_is_refused(tmp_path):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    with pytest.raises(UserError, match="is named twice"):
+        report(str(directory), str(directory / ".." / "eval"))
+    assert not (directory / "report.html").exists()
+
+
+def test_of_a_run_its_evaluations_are_named(tmp_path):
+    run = tmp_path / "run"
+    for place in ("eval/tiny", "evaluation/step_000060"):
+        make_evaluation(run / place, problems=3, widths=(1, 2))
+    with pytest.raises(UserError) as raised:
+        report(str(run))
+    assert f"name one of {run / 'eval/tiny'}, {run / 'evaluation/step_000060'}." in str(raised.value)
 
 
 def test_rows_without_a_bridge_are_compared_at_every_width(tmp_path):

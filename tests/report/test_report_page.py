@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from report.made import HOSTILE, WORDS, make_evaluation, make_group, make_results, make_run
@@ -9,9 +10,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from bridge_rl.evaluation.results import Results, write_results
+from bridge_rl.evaluation.results import Aggregated, Estimate, Results, write_results
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.report.command import write_report
+from bridge_rl.report.html import QUESTIONS, g_pass_caption, headline
 
 SECTIONS = ["widths", "controls", "cost", "lengths", "training", "probes", "groups", "made"]
 
@@ -73,11 +75,76 @@ def test_every_section_is_there_and_nothing_that_a_model_wrote_runs(open_page, p
     assert browser.find_elements(By.CSS_SELECTOR, "main img, h1 b") == []
     assert browser.find_element(By.TAG_NAME, "h1").text == "runs/demo_$x_1 on math & <b>more</b>"
     assert HOSTILE in text_of(browser, "problem-text")
-    verdicts = [p.text for p in browser.find_elements(By.CSS_SELECTOR, ".verdicts p")]
-    assert verdicts[0].startswith("At width 8 siblings help")
-    assert verdicts[2] == (
-        "Mean accuracy (pass@1) is 0.430 [0.400, 0.460] at width 1 and 0.580 [0.550, 0.610] at width 8, "
-        "over 60 problems."
+
+
+def test_one_sentence_leads_and_every_verdict_follows_by_question(open_page, page):
+    browser = open_page(page)
+    verdicts = browser.find_element(By.CLASS_NAME, "verdicts")
+    assert verdicts.text.split("\n") == [  # of width 8: there is no verdict of the trained one
+        "At width 8 siblings help: pass@1 .580 against .370 with shuffled siblings, .430 at width 1; coverage fell.",
+        "Every verdict, by question",
+    ]
+    verdicts.find_element(By.TAG_NAME, "summary").click()
+    texts = verdicts.text.split("\n")
+    assert [text for text in texts if text in QUESTIONS.values()] == list(QUESTIONS.values())
+    starts = [" ".join(text.split()[:4]) for text in texts[2:] if text not in QUESTIONS.values()]
+    assert starts == [
+        "At width 2 no",
+        "At width 8 siblings",
+        "At width 8 coverage",
+        "At width 8 the",
+        "p values are corrected",
+        "Mean accuracy (pass@1) is",
+    ]
+    assert texts[-1].endswith("0.430 [0.400, 0.460] at width 1 and 0.580 [0.550, 0.610] at width 8, over 60 problems.")
+
+
+def test_the_verdict_at_the_trained_width_leads():
+    results = make_results()
+    lead = headline(replace(results, meta={"trained_width": 2})).lead
+    assert (
+        lead
+        == "At width 2 no difference between rows together and alone was found: pass@1 .480 against .430 at width 1."
+    )
+    assert headline(replace(results, meta={})).lead.startswith("At width 8 siblings help")
+
+
+def test_a_page_of_a_model_without_a_bridge_speaks_of_no_siblings(open_page, tmp_path):
+    directory = make_evaluation(tmp_path / "eval", widths=(1, 2), problems=4)
+    results = make_results((1, 2))
+    summaries = [summary for summary in results.summaries if summary.condition == "model"]
+    both = [
+        Aggregated("majority", "model", width, samples, 9.0, Estimate(0.5))
+        for width, samples in [(1, 1), (2, 2), (1, 2)]
+    ]
+    write_results(Results(results.meta, summaries, aggregated=both), directory / "results.json")
+    for path in (directory / "samples").iterdir():
+        path.unlink()
+    rng = random.Random(0)
+    SampleStore(directory / "samples").append(make_group(rng, "model", 1, p, g, 9) for p in range(4) for g in range(2))
+    browser = open_page(write_report(directory)[0])
+    assert "Rows of this model do not hear each other" in browser.find_element(By.CLASS_NAME, "verdicts").text
+    widths = browser.find_element(By.ID, "widths")
+    assert "the lines of all widths are the same rows, sampled one by one and regrouped." in widths.text
+    assert "regrouped" in (directory / "table.md").read_text()
+    assert "which hear each other" not in widths.text
+    cost = browser.find_elements(By.CSS_SELECTOR, "#cost tbody tr")
+    assert [row.text.split()[:4] for row in cost] == [["majority", "model", "1", "1"], ["majority", "model", "1", "2"]]
+
+
+def test_the_caption_of_g_pass_describes_what_is_there():
+    summaries = make_results((1, 2)).summaries
+    assert "which hear each other; and of w rows, one from each of w groups, which do not" in g_pass_caption(
+        summaries, True
+    )
+    plain = [replace(s, metrics={n: v for n, v in s.metrics.items() if "mixed" not in n}) for s in summaries]
+    assert g_pass_caption(plain, False).endswith("is right of the w rows of a group.")
+
+
+def test_counterfactuals_are_put_in_words(open_page, page):
+    text = open_page(page).find_element(By.ID, "probes").text
+    assert (
+        "Beside right siblings a wrong row becomes right .270 more often than beside wrong ones [.200, .340]." in text
     )
 
 

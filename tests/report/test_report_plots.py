@@ -7,9 +7,19 @@ import pytest
 from PIL import Image
 from report.made import make_results
 
-from bridge_rl.evaluation.results import Estimate, Summary
-from bridge_rl.report.drawing import COLOURS, arms_of, as_svg
-from bridge_rl.report.plots import draw, lengths_figure, plot_widths, training_curves, widths_figure
+from bridge_rl.evaluation.results import Estimate, LengthPoint, Summary
+from bridge_rl.report.drawing import COLOURS, RAMP, arms_of, as_svg
+from bridge_rl.report.plots import (
+    HELD_OUT,
+    KL,
+    attention_figure,
+    draw,
+    lengths_figure,
+    plot_widths,
+    training_curves,
+    training_figure,
+    widths_figure,
+)
 
 
 def read_history(run):
@@ -52,6 +62,74 @@ def test_trained_length_is_marked():
         assert [256, 256] in [list(line.get_xdata()) for line in axis.get_lines()]
     for axis in lengths_figure(lengths, None).axes:
         assert "limit in training" not in [line.get_label() for line in axis.get_lines()]
+
+
+def test_lengths_show_the_model_at_every_width_and_controls_at_the_trained_one():
+    points = [
+        LengthPoint(condition, width, limit, Estimate(0.1 * width), 0.5)
+        for condition, widths in {"disabled": (1, 2, 4), "model": (1, 2, 4), "shuffled": (2, 4)}.items()
+        for width in widths
+        for limit in (8, 16)
+    ]
+    controls = {2: ["shuffled siblings, width 2", "Bridge disabled, width 2"]}
+    controls[8] = ["shuffled siblings, width 4", "Bridge disabled, width 4"]  # not evaluated: the largest
+    for trained, named in controls.items():
+        figure = lengths_figure(points, 16, trained)
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert labels == ["model, width 1", "model, width 2", "model, width 4", *named, "limit in training"]
+        lines = [container.lines[0] for container in figure.axes[0].containers]
+        assert len({line.get_color() for line in lines}) == len(lines) == 5
+
+
+def test_training_curves_do_not_blow_up_noise():
+    steps = (10, 20)
+    curves = {
+        "reward": {"reward": [(10, 0.5), (20, 0.52)]},
+        "share of rows cut": {"rollout/truncated": [(10, 0.0), (20, 0.004)]},
+        "completion length, tokens": {"completions/mean_length": [(10, 25.0), (20, 25.03)]},
+        "penalty": {"penalty": [(10, -0.5), (20, -0.51)]},
+        KL: {"rollout/recompute_kl": [(step, -1e-9) for step in steps]},
+        HELD_OUT: {f"eval_pass@1/w{width}": [(20, 0.4)] for width in (1, 2, 4)},
+    }
+    figure = training_figure(curves)
+    reward, cut, length, penalty, kl, held_out = figure.axes
+    assert reward.get_ylim() == pytest.approx((0, 0.5616))
+    assert cut.get_ylim() == (0, 0.1)
+    assert length.get_ylim()[0] == 0
+    assert penalty.get_ylim() == pytest.approx((-0.555, -0.455))
+    assert kl.get_ylim() == pytest.approx((-1e-5, 1e-5))
+    assert "near 0 unless broken" in kl.get_title()
+    assert len({float(line.get_xdata()[0]) for line in held_out.get_lines()}) == 3  # none hides another
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        box = axis.title.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+
+
+def test_attention_is_shown_about_even_attention():
+    probes = make_results().probes
+    assert probes is not None
+    near = replace(probes, width=4, sibling_share=[[0.76, 0.74]], share_by_step=[[0.75, float("nan")]], layers=[3])
+    for image in [axis.images[0] for axis in attention_figure(near).axes[:2]]:
+        assert image.get_clim() == pytest.approx((0.65, 0.85))
+    far = replace(near, sibling_share=[[0.35, 0.74]])
+    assert attention_figure(far).axes[0].images[0].get_clim() == pytest.approx((0.35, 1.15))
+
+
+def test_blocks_that_do_not_attend_have_no_figure_of_attention():
+    results = make_results()
+    assert results.probes is not None
+    probes = replace(results.probes, sibling_share=[], share_by_step=[])
+    assert "attention" not in draw(replace(results, probes=probes))
+    assert attention_figure(probes).axes == []
+
+
+def test_a_panel_of_mixed_groups_says_why_widths_are_missing():
+    own, mixed = draw(make_results((1, 4, 8)))["g_pass"].axes
+    assert mixed.get_xlabel().endswith("fewer than w groups a problem at width 8")
+    assert "fewer" not in own.get_xlabel()
+    assert own.get_ylim() == mixed.get_ylim()
 
 
 def test_heat_maps_show_layers_by_heads_and_by_steps():
@@ -97,6 +175,6 @@ def test_svg_is_whole_follows_the_page_and_refers_to_nothing_outside(run):
         links = [v for element in svg.iter() for key, v in element.attrib.items() if key.endswith("href")]
         assert all(link.startswith((f"#{name}-", "data:image/png;base64,")) for link in links)
         assert {link[1:] for link in links if link[0] == "#"} <= set(ids)
-        assert not any(colour in text for colour in COLOURS)
+        assert not any(colour in text for colour in (*COLOURS, *RAMP))
         assert "var(--ink)" in text
         assert as_svg(again[name], name, 'say "this"') == text

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
+import pytest
 from report.made import make_results
 
-from bridge_rl.evaluation.results import Comparison, Estimate, Summary
+from bridge_rl.evaluation.results import Comparison, Counterfactual, Estimate, Summary
 from bridge_rl.report import tables
 from bridge_rl.report.labels import estimate
 
@@ -37,13 +40,40 @@ def test_markdown_and_latex_escape_what_users_wrote():
     table = tables.comparison_table([comparison], "Runs_1")
     markdown = tables.as_markdown(table).splitlines()
     assert markdown[0] == "### Runs_1"
-    assert markdown[3] == "| :--- | :--- | :--- | :--- | ---: | ---: | ---: |"
-    assert markdown[4] == (r"| a\|b | runs/x\_1 & co | 50 % \<b\>$y$ | pass@1 | 0.100 [0.050, 0.150] | \<0.001 | 30 |")
+    assert markdown[3] == "| :--- | :--- | :--- | :--- | ---: | ---: | ---: | ---: |"
+    assert markdown[4] == (
+        r"| a\|b | runs/x\_1 & co | 50 % \<b\>$y$ | pass@1 | 0.100 [0.050, 0.150] | \<0.001 | \<0.001 | 30 |"
+    )
     latex = tables.as_latex(table)
     assert r"a|b & runs/x\_1 \& co & 50 \% \textless{}b\textgreater{}\$y\$ & pass@1 &" in latex
     assert r"\caption{Runs\_1}" in latex
-    assert r"\begin{tabular}{llllrrr}" in latex
+    assert r"\begin{tabular}{llllrrrr}" in latex
     assert tables.escape_latex(r"\a^b~{c}#") == r"\textbackslash{}a\textasciicircum{}b\textasciitilde{}\{c\}\#"
+
+
+def test_p_is_corrected_among_the_comparisons_of_one_metric():
+    found = [("pass@1", 0.01), ("maj", 0.04), ("pass@1", 0.03), ("pass@1", 0.02)]
+    comparisons = [Comparison("c", metric, "a", "b", Estimate(0.1), p, 30) for metric, p in found]
+    # pass@1: .01 x 3, then .02 x 2, then .03 x 1, which is not below the one before.
+    assert tables.corrected(comparisons) == pytest.approx([0.03, 0.04, 0.04, 0.04])
+    cells = [row[5:7] for row in tables.comparison_table(comparisons).rows]
+    assert cells == [["0.010", "0.030"], ["0.040", "0.040"], ["0.030", "0.040"], ["0.020", "0.040"]]
+
+
+@pytest.mark.parametrize(
+    ("over_wrong", "sentence"),
+    [
+        (Estimate(0.09, 0.03, 0.15), "becomes right .090 more often than beside wrong ones [.030, .150]."),
+        (Estimate(-0.09, -0.15, -0.03), "becomes right .090 less often than beside wrong ones [-.150, -.030]."),
+        (Estimate(-0.04, -0.12, 0.02), "No difference between right and wrong siblings is shown"),
+        (Estimate(0.5), "In this one problem a wrong row became right .500 more often"),
+    ],
+)
+def test_what_right_siblings_do_is_said_in_words(over_wrong, sentence):
+    nothing = Estimate(0.0, -0.1, 0.1)
+    beside_right = Counterfactual("right", 9, nothing, nothing, nothing, over_wrong)
+    assert sentence in tables.counterfactual_sentence([beside_right])
+    assert tables.counterfactual_sentence([replace(beside_right, over_wrong=None)]) == ""
 
 
 def test_every_latex_row_has_as_many_cells_as_columns():
