@@ -103,8 +103,9 @@ def run_counterfactuals(
     """One result a kind of siblings, with 95 % intervals over problems, from `groups` of one width.
 
     rows, prompt_ids: by problem. params, index_of: what the groups were sampled with, so that a row's draws are its
-    own. max_rows: wrong rows that are tried, a choice by `seed` from all that can be. rows_at_once, tokens_at_once: in one
-    batch, siblings and prompts included, as far as a group allows. progress: told of rows sampled anew, and of how many there will be.
+    own. max_rows: wrong rows that are tried, a choice by `seed` from all that can be. rows_at_once, tokens_at_once: in
+    one batch, siblings and prompts included, as far as a group allows. progress: told of rows sampled anew, and of how
+    many there will be.
     Empty where rows cannot hear each other (width 1, P-Match), and where no wrong row can be tried.
     """
     if find_state(model).config.kind != "bridge" or any(group.width == 1 for group in groups):

@@ -297,8 +297,8 @@ def say_what_shuffling_needs(section: EvaluationSection, controls: bool) -> None
     rows = max(section.widths) ** 2
     if controls and section.max_rows is not None and rows > section.max_rows and PartialState().is_main_process:
         print(
-            f"--controls: shuffled siblings at width {max(section.widths)} need {rows} rows at once, more than --max-rows "
-            f"{section.max_rows}: they will have them",
+            f"--controls: shuffled siblings at width {max(section.widths)} need {rows} rows at once, and take them "
+            f"(--max-rows is {section.max_rows})",
             flush=True,
         )
 
