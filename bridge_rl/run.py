@@ -17,9 +17,10 @@ from transformers import PrinterCallback, TrainingArguments
 from trl import GRPOConfig
 
 from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
+from bridge_rl.checkpoints import checkpoint_to_resume
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
-from bridge_rl.errors import UserError
+from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.analyse import analyse
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import write_results
@@ -39,6 +40,7 @@ from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.report.tracking import start_tracking, trackers
 from bridge_rl.rollout import RolloutOptions
+from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
 
@@ -52,13 +54,13 @@ def train(recipe: Recipe) -> dict[str, float]:
     """Run the recipe and return the final evaluation's metrics. The plan has been checked by the caller."""
     prepare_distributed(recipe)
     output = Path(recipe.output_dir)
-    checkpoint = last_complete_checkpoint(output)
-    if checkpoint is not None:
-        check_same_recipe(recipe, output, DECIDES_RUN)
     args = training_arguments(recipe)
+    checkpoint = checkpoint_to_resume(recipe.resume, output)
+    if checkpoint is not None:
+        check_same_recipe(recipe, checkpoint.parent, DECIDES_RUN)
     if recipe.warmup is not None:
         warm_up(recipe)
-    start_tracking(recipe)
+    start_tracking(recipe, resumed=checkpoint is not None)
     tokenizer = load_tokenizer(recipe.model)
     rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
     judge = Judge(rewards[0], load_final_answer(recipe.rewards[0]))
@@ -88,6 +90,7 @@ def train(recipe: Recipe) -> dict[str, float]:
                 cuda_graphs=recipe.rollout.cuda_graphs,
             ),
             evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge),
+            stop=Stop(recipe.save_before_seconds),
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
@@ -103,7 +106,11 @@ def train(recipe: Recipe) -> dict[str, float]:
             f"going on from {checkpoint}" if checkpoint else f"starting at step 0 ({output} has no checkpoint)",
             flush=True,
         )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Stopped:  # everything is saved; the command line turns it into an exit code
+        trainer.end()
+        raise
     trainer.save_model(recipe.output_dir)
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
@@ -177,17 +184,6 @@ def warm_up(recipe: Recipe) -> None:
 
 def warmup_directory(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / "warmup"
-
-
-def last_complete_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end; says which ones were not."""
-    numbered = [folder for folder in output.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(numbered, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        if (folder / "trainer_state.json").is_file():
-            return str(folder)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{folder} is not complete (the run ended while it was saved): going on from the one before.")
-    return None
 
 
 def save_recipe(recipe: Recipe, directory: Path) -> None:

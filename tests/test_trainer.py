@@ -11,7 +11,6 @@ import bridge_rl as br
 from bridge_rl.config import ModelSection
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
-from bridge_rl.run import last_complete_checkpoint
 from bridge_rl.surgery import find_state, group_width, has_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -331,12 +330,3 @@ def test_lora_without_its_configuration_and_tools_are_refused(tokenizer, tmp_pat
             width=4,
             tools=[print],
         )
-
-
-def test_a_checkpoint_is_complete_only_when_the_trainer_state_is_there(tokenizer, tmp_path):
-    trainer = make_trainer(tokenizer, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer.train()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert (tmp_path / "checkpoint-2" / "rollout_state_0.pt").is_file()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
