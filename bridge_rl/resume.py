@@ -33,6 +33,7 @@ def capture(trainer: "BridgeGRPOTrainer") -> dict[str, Any]:
         "metrics": _plain(trainer._metrics),
         "completions": _plain(trainer._logs) if trainer.log_completions else None,
         "meter": trainer._meter.state(),
+        "evaluation_due": trainer._resume.evaluation_due,
     }
 
 
@@ -102,6 +103,7 @@ class Resume(TrainerCallback):
     def __init__(self, trainer: "BridgeGRPOTrainer") -> None:
         self.trainer = trainer
         self.checkpoint: Path | None = None
+        self.evaluation_due = False
         self.at_step_begin: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     def save(self, folder: Path) -> None:
@@ -112,7 +114,10 @@ class Resume(TrainerCallback):
         """After transformers has loaded its part and set its counters to zero."""
         if self.checkpoint is not None:
             path = file_of(self.checkpoint, self.trainer.args.process_index)
-            restore(self.trainer, torch.load(path, map_location=self.trainer.args.device, weights_only=True))
+            saved = torch.load(path, map_location=self.trainer.args.device, weights_only=True)
+            restore(self.trainer, saved)
+            if saved["evaluation_due"]:
+                self.trainer.evaluate()
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:

@@ -76,6 +76,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         directory = warmup_directory(recipe)
         load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
 
+    stop = Stop(recipe.save_before_seconds)
     try:
         trainer = BridgeGRPOTrainer(
             model,
@@ -89,8 +90,8 @@ def train(recipe: Recipe) -> dict[str, float]:
                 max_cache_tokens=recipe.rollout.max_cache_tokens,
                 cuda_graphs=recipe.rollout.cuda_graphs,
             ),
-            evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge),
-            stop=Stop(recipe.save_before_seconds),
+            evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge, stop),
+            stop=stop,
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
@@ -107,12 +108,13 @@ def train(recipe: Recipe) -> dict[str, float]:
             flush=True,
         )
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except Stopped:  # everything is saved; the command line turns it into an exit code
+        with stop.listening():  # a signal or the time limit saves everything and raises Stopped
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.save_model(recipe.output_dir)
+            metrics = trainer.evaluate()
+    except Stopped:
         trainer.end()
         raise
-    trainer.save_model(recipe.output_dir)
-    metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
         write_history(trainer.state.log_history, output)
         print(f"the model is in {output}: bridge-rl eval --model {output}", flush=True)
@@ -302,7 +304,7 @@ def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> Dataset | None:
 
 
 def make_evaluator(
-    recipe: Recipe, eval_set: Dataset, tokenizer: Any, judge: Judge
+    recipe: Recipe, eval_set: Dataset, tokenizer: Any, judge: Judge, stop: Stop
 ) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
     """Evaluation at every width of the recipe, shared out over the ranks, whose samples and results are kept."""
     rows = eval_set.to_list()
@@ -310,15 +312,18 @@ def make_evaluator(
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
         directory = Path(recipe.output_dir) / "evaluation" / f"step_{step:06d}"
-        if state.is_main_process:  # of a run that was cut off here: its weights may have been others
+        if state.is_main_process and not trainer.resumed_here:  # of a run whose weights may have been others
             shutil.rmtree(directory, ignore_errors=True)
         state.wait_for_everyone()
         store = SampleStore(directory / "samples", state.process_index)
         with trainer.model_for_sampling() as model:
             limit = recipe.rollout.max_new_tokens
-            evaluation = plan_evaluation(model, tokenizer, rows, judge, section, limit, recipe.seed, store)
+            evaluation = plan_evaluation(
+                model, tokenizer, rows, judge, section, limit, recipe.seed, store, cancelled=stop.asked
+            )
             with Bar("evaluation", num_completions(evaluation.shares())) as bar:
                 groups = evaluation.run(bar.update)
+            stop.give_up_if_asked()
             meta = {"step": step, "seed": recipe.seed, **provenance()}
             results = analyse(groups, section.widths, listens(model), meta)
         if state.is_main_process:

@@ -33,15 +33,16 @@ def parse_duration(key: str, text: str | int) -> float:
     return float(seconds)
 
 
-class StepGivenUp(Exception):  # noqa: N818
-    """Raised on all ranks inside an optimizer step of which nothing is to be kept."""
+class GivenUp(Exception):  # noqa: N818
+    """Raised on all ranks in a rollout or an evaluation of which nothing is to be kept."""
 
 
 class Stop(TrainerCallback):
     """Watches for SIGTERM, SIGINT and a time limit, and ends the run with a checkpoint.
 
     A rollout that is running is given up: its draws come from the seed, so the resumed run samples it again and nothing
-    but its time is lost. An update that is running is finished. limit: seconds since the process started.
+    but its time is lost. An update that is running is finished. An evaluation is given up and goes on after the resume.
+    limit: seconds since the process started.
     """
 
     def __init__(self, limit: float | None = None) -> None:
@@ -51,7 +52,7 @@ class Stop(TrainerCallback):
         self.stopping: str | None = None  # why, once all ranks agree
         self.saves: list[float] = []  # seconds each took
         self.save_bytes = 0
-        self.longest_step = self.step_began = self.signalled = 0.0
+        self.longest_step = self.longest_update = self.step_began = self.update_began = self.signalled = 0.0
         self.trainer: BridgeGRPOTrainer | None = None
 
     @contextmanager
@@ -70,8 +71,9 @@ class Stop(TrainerCallback):
         elif number == signal.SIGINT and time.monotonic() - self.signalled > ECHO_SECONDS:
             os._exit(128 + number)  # no cleaning up, which may be what hangs
 
-    def asked(self, ahead: float = 0.0) -> bool:
-        """Whether this rank should save now, or would be too late after `ahead` more seconds."""
+    def asked(self, ahead: float | None = None) -> bool:
+        """Whether this rank should save now: `ahead` seconds later, by default an update's, would be too late."""
+        ahead = self.longest_update if ahead is None else ahead
         reserve = 2 * max(self.saves, default=self.save_bytes / BYTES_PER_SECOND)
         late = self.limit is not None and time.time() - self.started + ahead + reserve >= self.limit
         return self.signal is not None or late
@@ -81,20 +83,22 @@ class Stop(TrainerCallback):
         assert self.trainer is not None
         flag = torch.tensor(int(asked), device=self.trainer.args.device)
         if self.trainer.accelerator.reduce(flag, reduction="sum").item() > 0:
-            self.stopping = self.signal or ("save_before" if asked else "another rank's wish")
+            self.stopping = self.signal or ("save_before" if asked else "what another rank was sent")
             return True
         return False
 
     def give_up_if_asked(self) -> None:
         """Called by all ranks when their rollouts have ended, by themselves or because `asked`."""
         if self.agree(self.asked()):
-            raise StepGivenUp
+            raise GivenUp
+        self.update_began = time.monotonic()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.step_began = time.monotonic()
+        self.step_began = self.update_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.longest_step = max(self.longest_step, time.monotonic() - self.step_began)
+        self.longest_update = max(self.longest_update, time.monotonic() - self.update_began)
         if self.agree(self.asked(self.longest_step)):
             control.should_save = control.should_training_stop = True
 

@@ -32,7 +32,7 @@ from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_safe
-from bridge_rl.stop import StepGivenUp, Stop
+from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
 
 
@@ -213,13 +213,20 @@ class BridgeGRPOTrainer(GRPOTrainer):
         """Sample the held-out problems at every width asked for; TRL's loop knows one width and reports a loss."""
         if self.evaluator is None:
             return {}
+        self._resume.evaluation_due = self.is_in_train
+        if self.stop is not None and self.stop.stopping:  # the checkpoint will say that it is due
+            return {}
         training = self.model.training
         self.model.eval()  # TRL's log would otherwise empty the training metrics into this entry
         try:
             metrics = self.evaluator(self)
             self.log(dict(metrics))
+        except GivenUp:
+            self._save_checkpoint(self.model_wrapped, None)
+            raise self._stopped() from None
         finally:
             self.model.train(training)
+        self._resume.evaluation_due = False
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -284,21 +291,29 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.state.best_model_checkpoint = None  # it would lie in the directory that is gone
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` ended it."""
+        """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` has ended it."""
         self._resume.checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         result = None
-        with self.stop.listening() if self.stop else nullcontext():
-            try:
-                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except StepGivenUp:
-                self._resume.rewind()
-                self._save_checkpoint(self.model_wrapped, None)
-            except TrainingComplete:
-                self.is_in_train = False
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except GivenUp:  # in a rollout
+            self._resume.rewind()
+            self._save_checkpoint(self.model_wrapped, None)
+        except TrainingComplete:
+            self.is_in_train = False
         if self.stop is not None and self.stop.stopping:
-            folder = checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)
-            raise Stopped(self.stop.sentence(folder))
+            raise self._stopped()
         return result
+
+    def _stopped(self) -> Stopped:
+        assert self.stop is not None
+        return Stopped(self.stop.sentence(checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)))
+
+    @property
+    def resumed_here(self) -> bool:
+        """Whether no step has been taken since the checkpoint from which the run went on."""
+        checkpoint = self._resume.checkpoint
+        return checkpoint is not None and checkpoints.step_of(checkpoint) == self.state.global_step
 
 
 def _is_per_row(x: Any) -> bool:

@@ -118,7 +118,7 @@ class ModelSampler:
     """Samples from a model with its Bridge.
 
     rows: the problems, with `prompt`, `problem`, `answer`. limits: lengths at which completions are judged again as if
-    they had been cut there.
+    they had been cut there. cancelled: asked between steps, ends it; groups that it cuts are not given out.
     """
 
     model: PreTrainedModel
@@ -128,6 +128,7 @@ class ModelSampler:
     params: SamplingParams
     max_rows: int | None
     limits: Sequence[int] = ()
+    cancelled: Callable[[], bool] | None = None
 
     def __call__(self, sweep: Sweep) -> Iterator[list[SampledGroup]]:
         pairs = [pair for unit in sweep.units for pair in unit.pairs]
@@ -144,10 +145,14 @@ class ModelSampler:
                 sweep.width,
                 self.params,
                 indices=[sweep.index_of(*pair) for pair in pairs],
-                options=RolloutOptions(max_rows=self.max_rows),
+                options=RolloutOptions(max_rows=self.max_rows, cancelled=self.cancelled),
                 exchange=exchange,
             )
-            ended = ((*pairs[place], group) for place, group in rollout.stream() if kept[place])
+            ended = (
+                (*pairs[place], group)
+                for place, group in rollout.stream()
+                if kept[place] and "abort" not in group.finish_reasons
+            )
             for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
                 yield self.judged(sweep, batch)
 
@@ -255,6 +260,7 @@ def plan_evaluation(
     store: SampleStore,
     controls: bool = False,
     limits: Sequence[int] = (),
+    cancelled: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """An evaluation of `rows` (with `prompt`, `problem`, `answer`), to be run."""
     params = SamplingParams(
@@ -265,7 +271,8 @@ def plan_evaluation(
         eos_token_id=eos_ids(model, tokenizer),
     )
     sweeps = plan_sweeps(section, len(rows), listens(model), controls, seed)
-    return Evaluation(sweeps, ModelSampler(model, tokenizer, rows, judge, params, section.max_rows, limits), store)
+    sampler = ModelSampler(model, tokenizer, rows, judge, params, section.max_rows, limits, cancelled)
+    return Evaluation(sweeps, sampler, store)
 
 
 def listens(model: PreTrainedModel) -> bool:

@@ -1,9 +1,10 @@
 """Runs of a recipe one after another, each in processes that may kill themselves at a named point: `job.py SPEC.json`.
 
-SPEC: {"runs": [{"argv": [...], "point": NAME or null, "step": N, "count": N, "rank": N, "patch": NAME or null}],
-"ranks": N, "log": FILE}. A rank kills itself, with SIGKILL, at the `count`-th time that it comes to the point while
-`step` optimizer steps are done; the driver then kills the others, as a launcher does. Written to stdout: for each run
-the exit codes of its ranks, -9 for a kill. Processes are forked, so that torch is imported once.
+SPEC: {"runs": [{"argv": [...], "point": NAME or null, "step": N, "count": N, "rank": N, "send": SIGNAL,
+"patch": NAME or null}], "ranks": N, "log": FILE}. A rank sends itself a signal, SIGKILL if not said otherwise, at the
+`count`-th time that it comes to the point while `step` optimizer steps are done; when a rank dies of it the driver
+kills the others, as a launcher does. Written to stdout: for each run the exit codes of its ranks, -9 for a kill.
+Processes are forked, so that torch is imported once.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import bridge_rl.run
 from bridge_rl import checkpoints, resume
 from bridge_rl.cli import main
+from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.rollout import Rollout
 from bridge_rl.trainer import BridgeGRPOTrainer, EpochSampler
 
@@ -59,6 +61,7 @@ POINTS = {
     "after the manifest": (checkpoints, "_seal", True),
     "after the renaming": (checkpoints, "_publish", True),
     "before the deletion": (checkpoints, "_rotate", False),
+    "in the evaluation": (SampleStore, "append", True),
     "after the training": (BridgeGRPOTrainer, "save_model", False),
 }
 HALF_FILE = "in a file"
@@ -72,6 +75,7 @@ def arm(point: str, at: int, count: int, send: int = signal.SIGKILL) -> None:
         nonlocal seen
         seen += step() == at
         if seen == count and step() == at:
+            print(f"signal {send} at micro-step {TRAINER[0]._step}", flush=True)
             os.kill(os.getpid(), send)
 
     def cut(path: Path) -> None:

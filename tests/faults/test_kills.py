@@ -29,17 +29,15 @@ EVERY = {
 
 
 def moments(seed: int, number: int) -> list[dict]:
-    """`number` different points in random order, each after the step of the one before."""
+    """`number` different points at different random steps, in the order of these; two points are always among them."""
     draw = random.Random(seed)
-    points = ["in the rollout", "before the backward", *draw.sample(sorted(EVERY), number)][:number]
-    draw.shuffle(points)
-    steps = sorted(draw.sample(range(1, LAST - 3), number))
-    rounded = [-(-step // EVERY[point]) * EVERY[point] for point, step in zip(points, steps, strict=True)]
-    kills = [{"point": point, "step": step, "count": 1} for point, step in zip(points, rounded, strict=True)]
-    for kill in kills:
-        if kill["point"] == "in the rollout":
-            kill["count"] = draw.randrange(1, 8)
-    return sorted(kills, key=lambda kill: kill["step"])
+    points = ["in the rollout", "before the backward"]
+    points += draw.sample(sorted(EVERY.keys() - set(points)), number - 2)
+    kills: dict[int, dict] = {}
+    for point in sorted(points, key=lambda point: -EVERY[point]):  # those with the fewest steps choose first
+        step = draw.choice([step for step in range(EVERY[point], LAST, EVERY[point]) if step not in kills])
+        kills[step] = {"point": point, "step": step, "count": draw.randrange(1, 8) if point == "in the rollout" else 1}
+    return [kills[step] for step in sorted(kills)]
 
 
 def runs(output: Path, kills: list[dict], *overrides: str) -> list[dict]:
