@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
@@ -114,7 +115,8 @@ class Resume(TrainerCallback):
         """After transformers has loaded its part and set its counters to zero."""
         if self.checkpoint is not None:
             path = file_of(self.checkpoint, self.trainer.args.process_index)
-            saved = torch.load(path, map_location=self.trainer.args.device, weights_only=True)
+            # In two steps: torch does not load to the device `cpu:0`, which accelerate gives a rank.
+            saved = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.trainer.args.device)
             restore(self.trainer, saved)
             if saved["evaluation_due"]:
                 self.trainer.evaluate()

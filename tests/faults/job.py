@@ -9,6 +9,7 @@ Processes are forked, so that torch is imported once.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -107,7 +108,40 @@ def forget_the_epoch() -> None:
     EpochSampler.__init__ = forgetful
 
 
-PATCHES = {"forget the epoch": forget_the_epoch}
+def newest(argv: list[str]) -> Path:
+    [output] = [Path(option.partition("=")[2]) for option in argv if option.startswith("output_dir=")]
+    return checkpoints.numbered(output)[-1]
+
+
+def truncate(argv: list[str]) -> None:
+    path = newest(argv) / "optimizer.pt"
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_bit(argv: list[str]) -> None:
+    path = newest(argv) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def fill_the_disk(argv: list[str]) -> None:
+    """From the second save on."""
+    original, calls = shutil.disk_usage, []
+
+    def usage(path: Path) -> Any:
+        calls.append(path)
+        return original(path) if len(calls) == 1 else original(path)._replace(free=1_000_000)
+
+    shutil.disk_usage = usage
+
+
+PATCHES = {
+    "forget the epoch": lambda argv: forget_the_epoch(),
+    "truncate": truncate,
+    "flip a bit": flip_a_bit,
+    "fill the disk": fill_the_disk,
+}
 
 
 def child(run: dict[str, Any], rank: int, ranks: int, port: int, log: str) -> None:
@@ -119,7 +153,7 @@ def child(run: dict[str, Any], rank: int, ranks: int, port: int, log: str) -> No
         os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in world.items()}}
     hook(BridgeGRPOTrainer, "__init__", lambda self, *args, **kwargs: TRAINER.append(self), after=True)
     if run.get("patch"):
-        PATCHES[run["patch"]]()
+        PATCHES[run["patch"]](run["argv"])
     if run.get("point") and rank == run.get("rank", 0):
         arm(run["point"], run["step"], run.get("count", 1), signal.Signals[run.get("send", "SIGKILL")])
     main(run["argv"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -111,4 +112,42 @@ def test_two_ranks_killed_anywhere_end_as_if_they_were_not(tmp_path):
         manifest = json.loads((tmp_path / name / "checkpoint-30" / "manifest.json").read_text())["content"]
         assert manifest["num_processes"] == 2
         assert {"rollout_state_0.pt", "rollout_state_1.pt", "rng_state_1.pth"} <= manifest["files"].keys()
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_damaged_checkpoints_and_a_full_disk_change_nothing(whole, tmp_path):
+    """Two kills, a damage after each; then a disk that fills up, which is a user's problem: exit code 2."""
+    first, second, last = runs(
+        tmp_path / "out", [{"point": "before the forward", "step": 10}, {"point": "before the backward", "step": 20}]
+    )
+    some = [first, {**second, "patch": "truncate"}, {**last, "patch": "flip a bit"}, last]
+    some[2:2] = [{**last, "patch": "fill the disk"}]
+    codes = run_all(tmp_path, some)
+    log = (tmp_path / "log.txt").read_text()
+    assert codes == [[-9], [-9], [2], [0], [0]], log[-3000:]
+    out = re.escape(str(tmp_path / "out"))
+    assert re.search(
+        rf"{out}/checkpoint-9/optimizer.pt is damaged \([\d,]+ bytes instead of [\d,]+\): it is set aside", log
+    )
+    assert re.search(rf"{out}/checkpoint-21/model.safetensors is damaged \(other content than was written\)", log)
+    going_on = re.findall(rf"going on from {out}/checkpoint-(\d+)", log)
+    assert going_on == ["6", "18", "18", "30"]
+    assert re.search(rf"error: {out} has no room for checkpoint-24: [\d,]+ bytes are missing of the [\d,]+ that", log)
+    assert_same(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_kills_under_zero_change_nothing(tmp_path, stage):
+    options = ["training.per_device_train_batch_size=8", f"launch.zero_stage={stage}", "training.max_steps=10"]
+    kills = [
+        {"point": "after the RNG", "step": 6, "rank": 1},
+        {"point": "before the backward", "step": 7, "rank": 0},
+    ]
+    for name, some in (("whole", []), ("killed", kills)):
+        codes = run_all(tmp_path, runs(tmp_path / name, some, *options), ranks=2)
+        assert codes[-1] == [0, 0], (tmp_path / "log.txt").read_text()[-3000:]
+        assert all(-9 in ranks for ranks in codes[:-1])
+    manifest = json.loads((tmp_path / "killed" / "checkpoint-10" / "manifest.json").read_text())["content"]
+    shards = [name for name in manifest["files"] if name.endswith("optim_states.pt")]
+    assert len(shards) == 2
     assert_same(tmp_path / "killed", tmp_path / "whole")
