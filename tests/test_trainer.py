@@ -1,5 +1,7 @@
 """The trainer keeps groups whole, and its loss and gradients are those of a slow computation."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_base, make_bridged
@@ -11,6 +13,7 @@ import bridge_rl as br
 from bridge_rl.config import ModelSection
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
+from bridge_rl.resume import checkpoint_bytes
 from bridge_rl.surgery import find_state, group_width, has_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -286,6 +289,19 @@ def test_a_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path, train, st
     expected = dict(whole.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("train", ["bridge", "lora", "full"])
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tokenizer, tmp_path, train):
+    """All but a few texts: those of the tokenizer, of the configuration, of the state of the trainer."""
+    peft = LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]) if train == "lora" else None
+    make_base("llama").save_pretrained(tmp_path / "base")
+    model = make_bridged("llama", hidden_size=256)
+    trainer = make_trainer(tokenizer, tmp_path, model=model, train=train, peft=peft, save_strategy="steps")
+    trainer.train()
+    content = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())["content"]
+    written = sum(entry["bytes"] for entry in content["files"].values())
+    assert checkpoint_bytes(trainer) == pytest.approx(written, rel=0.15)
 
 
 def test_accumulation_takes_the_same_step_as_one_batch(tokenizer, tmp_path):
