@@ -138,13 +138,17 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_checkpoint(tmp_path, save, monk
     usage = shutil.disk_usage(tmp_path)
     sizes = iter([usage.free, 10])
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=next(sizes)))
-    with pytest.raises(
-        UserError, match="3,999,990 bytes are missing of the 4,000,000 that it takes; the checkpoints bef"
-    ):
+
+    def fill() -> None:
         with writing(tmp_path, 2, 4_000_000, 1) as staging:
             full = staging / "checkpoint-2" / "optimizer.pt"
             full.symlink_to("/dev/full")
             save(full)
+
+    with pytest.raises(
+        UserError, match="3,999,990 bytes are missing of the 4,000,000 that it takes; the checkpoints bef"
+    ):
+        fill()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert last_good(tmp_path) == tmp_path / "checkpoint-1"
 
@@ -157,7 +161,8 @@ PartialState(cpu=True); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_
 def save():
     with writing(Path(sys.argv[1]), 2, 400_000, 1) as staging:
         file = staging / "checkpoint-2" / "some_file"
-        torch.save(torch.zeros(100_000), file) if sys.argv[2] == "torch" else save_file({"x": torch.zeros(100_000)}, file)
+        x = torch.zeros(100_000)
+        torch.save(x, file) if sys.argv[2] == "torch" else save_file({"x": x}, file)
 run_command(save)
 """
 

@@ -24,7 +24,7 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "3", "3:50", "50m3h", "1h1h", "-1h", "1.5h", "0s", "3 h", "soon", 230])
 def test_other_durations_are_refused_in_one_sentence(text):
-    with pytest.raises(UserError, match="save_before is .*: write a time with units, largest first, such as 3h50m"):
+    with pytest.raises(UserError, match=r"save_before is .*: write a time with units, largest first, such as 3h50m"):
         load_recipe("recipes/tiny_arith.yaml", [f"save_before={text!r}"])
 
 
