@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bridge_rl.errors import UserError
+from bridge_rl.errors import STOPPED_CODE, Stopped, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,10 +153,14 @@ def run_recipe(args: argparse.Namespace) -> None:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run `command`; turn a user's mistake into one sentence on stderr and exit code 2."""
+    """Run `command`; turn a user's mistake into a sentence on stderr and exit code 2, an early end into its code."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func`, on which the trainer is built
     try:
         command()
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(STOPPED_CODE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError
+from bridge_rl.stop import parse_duration
 
 STRICT: dict[str, Any] = {"extra": "forbid"}
 
@@ -266,7 +267,12 @@ class LaunchSection:
 
 @dataclass
 class Recipe:
-    """A whole run. `training` holds fields of TRL's GRPOConfig under their own names."""
+    """A whole run. `training` holds fields of TRL's GRPOConfig under their own names.
+
+    resume: `auto` goes on from the last good checkpoint in output_dir if there is one, `never` refuses a directory that
+    has checkpoints, anything else is the checkpoint to go on from. save_before: time since the process started, such as
+    `3h50m`, before which the run saves a checkpoint and leaves with exit code 85.
+    """
 
     model: ModelSection
     data: DataSection
@@ -282,9 +288,13 @@ class Recipe:
     logging: LoggingSection = field(default_factory=LoggingSection)
     launch: LaunchSection = field(default_factory=LaunchSection)
     seed: int = 0
+    resume: str = "auto"
+    save_before: str | int | None = None
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
+        if self.save_before is not None:
+            parse_duration("save_before", self.save_before)
         if not self.rewards:
             raise UserError("rewards is empty: name at least one function, such as rewards/answer.py:correct.")
         if not 0 <= self.seed < 2**32:
@@ -294,6 +304,10 @@ class Recipe:
         if self.bridge is None and self.warmup is not None:
             # The warm-up trains the new parameters only; a run without any has none to warm up.
             self.warmup = None
+
+    @property
+    def save_before_seconds(self) -> float | None:
+        return None if self.save_before is None else parse_duration("save_before", self.save_before)
 
     def to_yaml(self) -> str:
         return yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False)

@@ -29,6 +29,13 @@ class StepMeter(TrainerCallback):
     def _reset(self) -> None:
         self.steps, self.seconds, self.tokens = 0, 0.0, torch.tensor(0)
 
+    def state(self) -> dict[str, Any]:
+        """What has been counted since the last log."""
+        return {"steps": self.steps, "seconds": self.seconds, "tokens": self.tokens}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.steps, self.seconds, self.tokens = state["steps"], state["seconds"], state["tokens"]
+
     def add_tokens(self, mask: Tensor) -> None:
         """Count what `mask` marks. It stays on its device: a number would make the host wait for every micro-batch."""
         self.tokens = self.tokens.to(mask.device) + mask.sum()

@@ -18,9 +18,10 @@ from transformers import PrinterCallback, TrainingArguments
 from trl import GRPOConfig
 
 from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
+from bridge_rl.checkpoints import checkpoint_to_resume
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
-from bridge_rl.errors import UserError
+from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.analyse import analyse
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import write_results
@@ -41,6 +42,7 @@ from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.report.tracking import start_tracking, trackers
 from bridge_rl.rollout import RolloutOptions
+from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
 
@@ -54,13 +56,13 @@ def train(recipe: Recipe) -> dict[str, float]:
     """Run the recipe and return the final evaluation's metrics. The plan has been checked by the caller."""
     prepare_distributed(recipe)
     output = Path(recipe.output_dir)
-    checkpoint = last_complete_checkpoint(output)
-    if checkpoint is not None:
-        check_same_recipe(recipe, output, DECIDES_RUN)
     args = training_arguments(recipe)
+    checkpoint = checkpoint_to_resume(recipe.resume, output)
+    if checkpoint is not None:
+        check_same_recipe(recipe, checkpoint.parent, DECIDES_RUN)
     if recipe.warmup is not None:
         warm_up(recipe)
-    start_tracking(recipe)
+    start_tracking(recipe, resumed=checkpoint is not None)
     tokenizer = load_tokenizer(recipe.model)
     rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
     judge = Judge(rewards[0], load_final_answer(recipe.rewards[0]))
@@ -76,6 +78,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         directory = warmup_directory(recipe)
         load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
 
+    stop = Stop(recipe.save_before_seconds)
     try:
         trainer = BridgeGRPOTrainer(
             model,
@@ -89,7 +92,8 @@ def train(recipe: Recipe) -> dict[str, float]:
                 max_cache_tokens=recipe.rollout.max_cache_tokens,
                 cuda_graphs=recipe.rollout.cuda_graphs,
             ),
-            evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge),
+            evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge, stop),
+            stop=stop,
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
@@ -105,9 +109,14 @@ def train(recipe: Recipe) -> dict[str, float]:
             f"going on from {checkpoint}" if checkpoint else f"starting at step 0 ({output} has no checkpoint)",
             flush=True,
         )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(recipe.output_dir)
-    metrics = trainer.evaluate()
+    try:
+        with stop.listening():  # a signal or the time limit saves everything and raises Stopped
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.save_model(recipe.output_dir)
+            metrics = trainer.evaluate()
+    except Stopped:
+        trainer.end()
+        raise
     if trainer.accelerator.is_main_process:
         write_history(trainer.state.log_history, output)
         if eval_set is not None:
@@ -182,17 +191,6 @@ def warm_up(recipe: Recipe) -> None:
 
 def warmup_directory(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / "warmup"
-
-
-def last_complete_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end; says which ones were not."""
-    numbered = [folder for folder in output.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(numbered, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        if (folder / "trainer_state.json").is_file():
-            return str(folder)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{folder} is not complete (the run ended while it was saved): going on from the one before.")
-    return None
 
 
 def save_recipe(recipe: Recipe, directory: Path) -> None:
@@ -334,7 +332,7 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 
 def make_evaluator(
-    recipe: Recipe, eval_set: Dataset, tokenizer: Any, judge: Judge
+    recipe: Recipe, eval_set: Dataset, tokenizer: Any, judge: Judge, stop: Stop
 ) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
     """Evaluation at every width of the recipe, shared out over the ranks, whose samples and results are kept."""
     rows = eval_set.to_list()
@@ -342,18 +340,22 @@ def make_evaluator(
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
         directory = evaluation_directory(recipe, step)
-        if state.is_local_main_process:  # of a run that was cut off here: its weights may have been others
+        if state.is_local_main_process and not trainer.resumed_here:  # of a run whose weights may have been others
             shutil.rmtree(directory, ignore_errors=True)
         state.wait_for_everyone()
         store = SampleStore(directory / "samples", state.process_index)
         with trainer.model_for_sampling() as model:
             limit = recipe.rollout.max_new_tokens
-            evaluation = plan_evaluation(model, tokenizer, rows, judge, section, limit, recipe.seed, store)
+            evaluation = plan_evaluation(
+                model, tokenizer, rows, judge, section, limit, recipe.seed, store, cancelled=stop.asked
+            )
             with Bar("evaluation", num_completions(evaluation.shares())) as bar:
-                groups = evaluation.run(bar.update)
+                evaluation.sample(bar.update)
             listening = listens(model)
+        stop.give_up_if_asked()
         metrics: dict[str, float] = {}
         if state.is_main_process:
+            groups = evaluation.collected()
             meta = {"step": step, **described(recipe), **provenance()}
             results = analyse(groups, section.widths, listening, meta)
             print(as_table(results.summaries), flush=True)

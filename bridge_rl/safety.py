@@ -1,4 +1,4 @@
-"""Combinations that would break groups without a sound, refused with the reason and the cure."""
+"""Combinations that would break groups, or an exact resume, without a sound: refused with the reason and the cure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,6 +31,8 @@ _UNSAFE: tuple[tuple[str, Any, str], ...] = (
         False,
         "the best checkpoint would not be loaded back: leave it off and choose yourself",
     ),
+    ("save_only_model", False, "no run could go on exactly from such a checkpoint: leave it off"),
+    ("ignore_data_skip", False, "a run that goes on would see problems again: leave it off"),
     ("auto_find_batch_size", False, "a smaller batch found at run time may split groups: set the batch size yourself"),
 )
 

@@ -9,27 +9,30 @@ What is kept whole and how:
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
+from bridge_rl import checkpoints
 from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
-from bridge_rl.errors import UserError
+from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
 from bridge_rl.meters import StepMeter, record_norm_ratios
 from bridge_rl.report import names
+from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_safe
+from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
 
 
@@ -70,6 +73,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
     mask_truncated: rows cut at the limit stay visible to siblings and out of the loss. (TRL's `completions/*_length`
         metrics then count them as empty.)
     evaluator: called by `evaluate` with the trainer, returns metrics; None: no evaluation.
+    stop: what may end `train` before its last step; None: nothing that is not an error.
     With beta > 0 the reference is the base without Bridge: the module itself with both switched off, or, with
     `train="full"`, a second copy of the base that TRL loads.
     Raises UserError for options that would break groups.
@@ -90,6 +94,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         mask_truncated: bool = False,
         rollout_options: RolloutOptions | None = None,
         evaluator: Callable[["BridgeGRPOTrainer"], dict[str, float]] | None = None,
+        stop: Stop | None = None,
         **kwargs: Any,
     ) -> None:
         check_safe(vars(args), width)
@@ -102,7 +107,10 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.train_mode = train
         self.mask_truncated = mask_truncated
         self.rollout_options = rollout_options
+        if stop is not None:
+            self.rollout_options = replace(rollout_options or RolloutOptions(), cancelled=stop.asked)
         self.evaluator = evaluator
+        self._staging: Path | None = None  # where a checkpoint is being written
         self._sampled: dict[str, Tensor] | None = None
         if has_bridge(model):
             find_state(model).width = width
@@ -118,8 +126,12 @@ class BridgeGRPOTrainer(GRPOTrainer):
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)
-        self._meter = StepMeter()
+        self._meter, self._resume, self.stop = StepMeter(), Resume(self), stop
         self.add_callback(self._meter)
+        self.add_callback(self._resume)
+        if stop is not None:
+            stop.trainer = self
+            self.add_callback(stop)
 
     # -- whole groups -------------------------------------------------------------------------------------------------
 
@@ -201,13 +213,20 @@ class BridgeGRPOTrainer(GRPOTrainer):
         """Sample the held-out problems at every width asked for; TRL's loop knows one width and reports a loss."""
         if self.evaluator is None:
             return {}
+        self._resume.evaluation_due = self.is_in_train
+        if self.stop is not None and self.stop.stopping:  # the checkpoint will say that it is due
+            return {}
         training = self.model.training
         self.model.eval()  # TRL's log would otherwise empty the training metrics into this entry
         try:
             metrics = self.evaluator(self)
             self.log(dict(metrics))
+        except GivenUp:
+            self._save_checkpoint(self.model_wrapped, None)
+            raise self._stopped() from None
         finally:
             self.model.train(training)
+        self._resume.evaluation_due = False
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -227,7 +246,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
             super()._save(output_dir, state_dict)
         if has_bridge(model):
             write_config(model, directory)
-            (directory / "README.md").write_text(CARD.format(title=directory.name, path=directory))
+            path = Path(self.args.output_dir) / directory.name if self._staging else directory
+            (directory / "README.md").write_text(CARD.format(title=directory.name, path=path))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.train_mode == "bridge":
@@ -250,21 +270,50 @@ class BridgeGRPOTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's checkpoint and this rank's place in its generation batch, which is written first: `trainer_state.json`,
-        which comes last, then says that the checkpoint is complete."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {"step": self._step, "buffered_inputs": self._buffered_inputs}
-        torch.save(state, folder / f"rollout_state_{self.args.process_index}.pt")
-        super()._save_checkpoint(model, trial)
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            path = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's checkpoint and this rank's state, under the checkpoint's name only when all of it is there."""
+        output, step = Path(self.args.output_dir), self.state.global_step
+        folder, size = checkpoints.path_of(output, step), checkpoint_bytes(self)
+        if folder.is_dir():  # this step's, from which the run has just gone on
+            return
+        with self.stop.timing_save(size) if self.stop else nullcontext():
+            with checkpoints.writing(
+                output, step, size, self.args.save_total_limit, self.state.best_global_step
+            ) as self._staging:
+                try:
+                    self._resume.save(self._staging / folder.name)
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._staging = None
+        self.state.best_model_checkpoint = None  # it would lie in the directory that is gone
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` has ended it."""
+        self._resume.checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        result = None
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except GivenUp:  # in a rollout
+            self._resume.rewind()
+            self._save_checkpoint(self.model_wrapped, None)
+        except TrainingComplete:
+            self.is_in_train = False
+        if self.stop is not None and self.stop.stopping:
+            raise self._stopped()
+        return result
+
+    def _stopped(self) -> Stopped:
+        assert self.stop is not None
+        return Stopped(self.stop.sentence(checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)))
+
+    @property
+    def resumed_here(self) -> bool:
+        """Whether no step has been taken since the checkpoint from which the run went on."""
+        checkpoint = self._resume.checkpoint
+        return checkpoint is not None and checkpoints.step_of(checkpoint) == self.state.global_step
 
 
 def _is_per_row(x: Any) -> bool:
@@ -290,6 +339,8 @@ def lockstep_rollout(prompts: list[Any], trainer: BridgeGRPOTrainer) -> dict[str
     with trainer.model_for_sampling() as model:
         rollout = Rollout(model, per_group, trainer.width, params, indices, options=trainer.rollout_options)
         groups = rollout.run()
+    if trainer.stop is not None:
+        trainer.stop.give_up_if_asked()
 
     seconds = time.perf_counter() - start
     tokens = [row for group in groups for row in group.tokens]

@@ -2,14 +2,25 @@
 #SBATCH --job-name=bridge-rl
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=64
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
 #SBATCH --output=runs/slurm-%j.log
 # sbatch launch/slurm.sh recipes/r1_distill_7b.yaml [key=value ...]
-# The warm-up runs without ZeRO and is skipped when OUTPUT/warmup is there already; a job that is submitted again goes
-# on from its last checkpoint.
+# The warm-up runs without ZeRO and is skipped when OUTPUT/warmup is there already.
+# 120 seconds before the time limit every rank gets SIGTERM, saves and leaves with 85, and the job queues again: make it
+# longer than one update and one save. srun starts the ranks itself, since torchrun and accelerate launch turn every exit
+# code into 1 and kill what takes more than 30 seconds to leave. ZeRO is as the recipe's launch.zero_stage says.
 set -euo pipefail
 source .venv/bin/activate
-accelerate launch --config_file launch/accelerate/ddp.yaml launch/warmup.py "$@"
-accelerate launch --config_file launch/accelerate/zero3.yaml launch/train.py "$@"
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+ranks() { srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' _ "$@"; }
+
+ranks launch/warmup.py "$@"
+code=0
+ranks launch/train.py "$@" || code=$?
+if [ "$code" -eq 85 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

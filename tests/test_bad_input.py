@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import bridge_rl as br
+from bridge_rl.checkpoints import writing
 from bridge_rl.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -407,8 +409,9 @@ def test_the_warm_up_of_another_recipe_is_not_taken(checkpoint, tmp_path, no_wei
 
 
 def test_the_run_of_another_recipe_is_not_gone_on_with(tmp_path, no_weights, capsys):
-    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    PartialState(cpu=True)
+    with writing(tmp_path / "out", 1, 0, None):
+        pass
     shutil.copy(TINY, tmp_path / "out" / "recipe.yaml")
     error = error_of_tiny([], capsys)
     assert "out was made by a recipe with another" in error

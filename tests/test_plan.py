@@ -241,6 +241,8 @@ UNSAFE = {
     "generation_kwargs": {"num_beams": 2},
     "use_liger_kernel": True,
     "sync_ref_model": True,
+    "save_only_model": True,
+    "ignore_data_skip": True,
     "auto_find_batch_size": True,
     "load_best_model_at_end": True,
 }

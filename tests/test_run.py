@@ -127,11 +127,15 @@ def test_lora_and_bridge_only_run_from_the_recipe(tmp_path):
 
 
 def test_a_run_killed_after_a_checkpoint_goes_on_by_itself(tmp_path):
-    options = [*SMALL, "data.eval=null", "training.save_strategy=steps", "training.save_steps=1"]
+    options = [*SMALL, "data.eval=null", "training.save_strategy=steps", "training.save_steps=1", *LOGGED]
     main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={tmp_path}", "training.max_steps=1"])
+    wandb.finish()
     main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={tmp_path}", "training.max_steps=3"])
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+    wandb.finish()
+    [run_id] = {run.name.rpartition("-")[2] for run in (tmp_path / "wandb").glob("offline-run-*")}
+    assert (tmp_path / "wandb_run_id").read_text() == run_id
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ OVERRIDDEN = [
     "_calculate_rewards",
     "_get_train_sampler",
     "_save_checkpoint",
-    "_load_optimizer_and_scheduler",
+    "_get_output_dir",
+    "train",
     "create_model_card",
     "evaluate",
     "log",
@@ -71,6 +72,21 @@ def test_a_step_ends_before_its_metrics_are_logged():
     begin, end = source.index("callback_handler.on_step_begin("), source.index("callback_handler.on_step_end(")
     assert begin < end < source.index("self._maybe_log_save_evaluate(")
     assert "self._metrics[mode].clear()" in inspect.getsource(GRPOTrainer.log)
+
+
+def test_checkpoints_go_where_the_trainer_says_and_their_parts_come_in_this_order():
+    """Everything of a checkpoint is written below `_get_output_dir`; counters are reset before training begins."""
+    source = inspect.getsource(Trainer._save_checkpoint)
+    parts = ["_get_output_dir(", "save_model(", "_save_optimizer_and_scheduler(", "_save_rng_state(", "save_to_json("]
+    assert [source.index(part) for part in parts] == sorted(source.index(part) for part in parts)
+    assert "self._get_output_dir(trial=trial)" in inspect.getsource(GRPOTrainer._save_checkpoint)
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    begin = loop.index("callback_handler.on_train_begin(")
+    for counter in ("self._tr_loss = ", "self._total_loss_scalar = ", "self._globalstep_last_logged = "):
+        assert loop.index(counter) < begin
+    assert begin < loop.index("callback_handler.on_epoch_begin(") < loop.index("self._run_epoch(")
+    for name in ("_step", "_buffered_inputs", "_metrics", "_logs", "_current_train_step_time"):
+        assert f"self.{name} = " in inspect.getsource(GRPOTrainer.__init__)
 
 
 @pytest.mark.parametrize("option", [option for option, _, _ in _UNSAFE])

@@ -1,5 +1,7 @@
 """The trainer keeps groups whole, and its loss and gradients are those of a slow computation."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_base, make_bridged
@@ -11,7 +13,7 @@ import bridge_rl as br
 from bridge_rl.config import ModelSection
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
-from bridge_rl.run import last_complete_checkpoint
+from bridge_rl.resume import checkpoint_bytes
 from bridge_rl.surgery import find_state, group_width, has_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -289,6 +291,19 @@ def test_a_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path, train, st
         assert torch.equal(parameter, expected[name]), name
 
 
+@pytest.mark.parametrize("train", ["bridge", "lora", "full"])
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tokenizer, tmp_path, train):
+    """All but a few texts: those of the tokenizer, of the configuration, of the state of the trainer."""
+    peft = LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]) if train == "lora" else None
+    make_base("llama").save_pretrained(tmp_path / "base")
+    model = make_bridged("llama", hidden_size=256)
+    trainer = make_trainer(tokenizer, tmp_path, model=model, train=train, peft=peft, save_strategy="steps")
+    trainer.train()
+    content = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())["content"]
+    written = sum(entry["bytes"] for entry in content["files"].values())
+    assert checkpoint_bytes(trainer) == pytest.approx(written, rel=0.15)
+
+
 def test_accumulation_takes_the_same_step_as_one_batch(tokenizer, tmp_path):
     """Same groups, one batch of 32 rows or four of 8."""
     results = []
@@ -331,12 +346,3 @@ def test_lora_without_its_configuration_and_tools_are_refused(tokenizer, tmp_pat
             width=4,
             tools=[print],
         )
-
-
-def test_a_checkpoint_is_complete_only_when_the_trainer_state_is_there(tokenizer, tmp_path):
-    trainer = make_trainer(tokenizer, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer.train()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert (tmp_path / "checkpoint-2" / "rollout_state_0.pt").is_file()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")

@@ -115,7 +115,7 @@ class ModelSampler:
     """Samples from a model with its Bridge.
 
     rows: the problems, with `prompt`, `problem`, `answer`. limits: lengths at which completions are judged again as if
-    they had been cut there.
+    they had been cut there. cancelled: asked between steps, ends it; groups that it cuts are not given out.
     """
 
     model: PreTrainedModel
@@ -125,6 +125,7 @@ class ModelSampler:
     params: SamplingParams
     max_rows: int | None
     limits: Sequence[int] = ()
+    cancelled: Callable[[], bool] | None = None
 
     def __call__(self, sweep: Sweep) -> Iterator[list[SampledGroup]]:
         pairs = [pair for unit in sweep.units for pair in unit.pairs]
@@ -141,10 +142,14 @@ class ModelSampler:
                 sweep.width,
                 self.params,
                 indices=[group_index(*pair) for pair in pairs],
-                options=RolloutOptions(max_rows=self.max_rows),
+                options=RolloutOptions(max_rows=self.max_rows, cancelled=self.cancelled),
                 exchange=exchange,
             )
-            ended = ((*pairs[place], group) for place, group in rollout.stream() if kept[place])
+            ended = (
+                (*pairs[place], group)
+                for place, group in rollout.stream()
+                if kept[place] and "abort" not in group.finish_reasons
+            )
             for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
                 yield self.judged(sweep, batch)
 
@@ -224,16 +229,18 @@ class Evaluation:
     def run(self, progress: Callable[[int], object] = lambda completions: None) -> list[SampledGroup]:
         """Sample this rank's share of what is missing; returns the groups of all ranks, on the main one.
 
-        `progress` is told of completions sampled. Every rank samples in every sweep, be it nothing: ranks that hold
-        shards of a model must call equally often.
+        `progress` is told of completions sampled.
         """
-        done = self.done
+        self.sample(progress)
+        return self.collected() if self.state.is_main_process else []
+
+    def sample(self, progress: Callable[[int], object]) -> None:
+        """In every sweep, be it nothing: ranks that hold shards of a model must call equally often."""
         for sweep in self.shares():
             for groups in self.sampler(sweep):
-                self.store.append(group for group in groups if group.key not in done)
+                self.store.append(group for group in groups if group.key not in self.done)
                 progress(sum(len(group.correct) for group in groups))
         self.state.wait_for_everyone()
-        return self.collected() if self.state.is_main_process else []
 
     def collected(self) -> list[SampledGroup]:
         """All that was asked for. Raises UserError where a part is missing, as on nodes that do not share a disk."""
@@ -271,6 +278,7 @@ def plan_evaluation(
     store: SampleStore,
     controls: bool = False,
     limits: Sequence[int] = (),
+    cancelled: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """An evaluation of `rows` (with `prompt`, `problem`, `answer`), to be run."""
     params = SamplingParams(
@@ -281,7 +289,8 @@ def plan_evaluation(
         eos_token_id=eos_ids(model, tokenizer),
     )
     sweeps = plan_sweeps(section, len(rows), listens(model), controls, seed)
-    return Evaluation(sweeps, ModelSampler(model, tokenizer, rows, judge, params, section.max_rows, limits), store)
+    sampler = ModelSampler(model, tokenizer, rows, judge, params, section.max_rows, limits, cancelled)
+    return Evaluation(sweeps, sampler, store)
 
 
 def listens(model: PreTrainedModel) -> bool:

@@ -2,12 +2,16 @@
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
+from uuid import uuid4
 
 from accelerate import PartialState
 
 from bridge_rl.config import Recipe
 from bridge_rl.errors import UserError
 
+# What the user, or a W&B sweep, has set, before a run sets its own.
+GIVEN_RUN_ID, GIVEN_TENSORBOARD = os.environ.get("WANDB_RUN_ID"), os.environ.get("TENSORBOARD_LOGGING_DIR")
 OTHERS = ("tensorboard", "trackio")  # what `training.report_to` may name
 
 
@@ -26,8 +30,13 @@ def trackers(recipe: Recipe) -> list[str]:
     return [*chosen, *(["wandb"] if recipe.logging.wandb != "off" else [])]
 
 
-def start_tracking(recipe: Recipe) -> None:
-    """Set W&B's mode, project and directory, from which TRL's own integration starts the run."""
+def start_tracking(recipe: Recipe, resumed: bool = False) -> None:
+    """Set W&B's mode, project, directory and run id, from which TRL's own integration starts the run.
+
+    A run that goes on from a checkpoint stays the W&B run that it was (offline W&B makes a second directory with the
+    same id), and its TensorBoard directory.
+    """
+    os.environ["TENSORBOARD_LOGGING_DIR"] = GIVEN_TENSORBOARD or str(Path(recipe.output_dir) / "tensorboard")
     if recipe.logging.wandb == "off":
         return
     mode = recipe.logging.wandb
@@ -40,6 +49,17 @@ def start_tracking(recipe: Recipe) -> None:
     os.environ["WANDB_DIR"] = recipe.output_dir
     os.environ.setdefault("WANDB_SILENT", "true")
     os.makedirs(recipe.output_dir, exist_ok=True)
+    if PartialState().is_main_process:
+        os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"] = run_id(Path(recipe.output_dir), resumed), "allow"
+
+
+def run_id(output: Path, resumed: bool) -> str:
+    """The id that the environment had from the start, else the one that this directory has, else a new one."""
+    path = output / "wandb_run_id"
+    kept = path.read_text() if resumed and path.is_file() else ""
+    chosen = GIVEN_RUN_ID or kept or uuid4().hex[:8]
+    path.write_text(chosen)
+    return chosen
 
 
 def has_key() -> bool:

@@ -1,0 +1,115 @@
+"""When a run leaves: signals, the clock, and the agreement of ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from transformers import TrainerControl
+
+from bridge_rl import stop as stop_module
+from bridge_rl.config import load_recipe
+from bridge_rl.errors import UserError
+from bridge_rl.report.tracking import run_id
+from bridge_rl.stop import Stop, parse_duration
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("3h50m", 13800), ("45m", 2700), ("1d", 86400), ("1d2h3m4s", 93784), ("90s", 90)]
+)
+def test_durations(text, seconds):
+    assert parse_duration("save_before", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "3", "3:50", "50m3h", "1h1h", "-1h", "1.5h", "0s", "3 h", "soon", 230])
+def test_other_durations_are_refused_in_one_sentence(text):
+    with pytest.raises(UserError, match=r"save_before is .*: write a time with units, largest first, such as 3h50m"):
+        load_recipe("recipes/tiny_arith.yaml", [f"save_before={text!r}"])
+
+
+def at(monkeypatch, stop: Stop, seconds: float) -> None:
+    monkeypatch.setattr(stop_module.time, "time", lambda: stop.started + seconds)
+
+
+def test_the_limit_leaves_room_for_an_update_and_twice_a_save(monkeypatch):
+    stop = Stop(limit=1000)
+    stop.saves, stop.longest_update = [30.0, 50.0], 100.0
+    for seconds, asked in ((0, False), (799, False), (800, True)):  # 1000 - 100 - 2 x 50
+        at(monkeypatch, stop, seconds)
+        assert stop.asked() == asked
+    at(monkeypatch, stop, 600)
+    assert stop.asked(ahead=300)  # of a whole step
+    assert not stop.asked(ahead=299)
+
+
+def test_until_a_save_was_timed_a_slow_disk_is_assumed(monkeypatch):
+    stop = Stop(limit=1000)
+    stop.save_bytes = int(10e9)  # 50 s at 200 MB/s
+    at(monkeypatch, stop, 899)
+    assert not stop.asked()
+    at(monkeypatch, stop, 900)
+    assert stop.asked()
+
+
+def test_without_limit_and_signal_nothing_is_asked(monkeypatch):
+    stop = Stop()
+    at(monkeypatch, stop, 1e9)
+    assert not stop.asked()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_and_the_handlers_go_back(sent):
+    before = signal.getsignal(sent)
+    stop = Stop()
+    with stop.listening():
+        os.kill(os.getpid(), sent)
+        os.kill(os.getpid(), sent)  # a launcher's copy
+        assert stop.asked()
+        assert stop.signal == sent.name
+    assert signal.getsignal(sent) == before
+
+
+SECOND = """
+import os, signal, time; from bridge_rl.stop import Stop
+with Stop().listening():
+    os.kill(os.getpid(), signal.SIGINT); print("first", flush=True); time.sleep(1.1)
+    os.kill(os.getpid(), signal.SIGTERM); print("a SIGTERM", flush=True)
+    os.kill(os.getpid(), signal.SIGINT); print("second", flush=True)
+"""
+
+
+def test_a_second_interrupt_leaves_at_once():
+    done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stdout.split("\n") == ["first", "a SIGTERM", ""]
+
+
+def test_any_rank_stops_all(monkeypatch):
+    """The sum over ranks decides: here another one was asked, and this one not."""
+    stop = Stop()
+
+    class Trainer:
+        class args:  # noqa: N801
+            device = "cpu"
+
+        class accelerator:  # noqa: N801
+            @staticmethod
+            def reduce(flag, reduction):
+                assert reduction == "sum"
+                return flag + others
+
+    stop.trainer = Trainer
+    control = TrainerControl()
+    others = 0
+    stop.on_step_end(None, None, control)
+    assert (control.should_save, control.should_training_stop) == (False, False)
+    others = 1
+    stop.on_step_end(None, None, control)
+    assert (control.should_save, control.should_training_stop) == (True, True)
+
+
+def test_a_run_that_goes_on_stays_the_same_wandb_run(tmp_path):
+    first = run_id(tmp_path, resumed=False)
+    assert run_id(tmp_path, resumed=True) == first
+    assert run_id(tmp_path, resumed=False) != first
