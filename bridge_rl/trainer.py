@@ -116,9 +116,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
             find_state(model).width = width
         if train == "bridge":
             freeze_base(model)
-            if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-                # Reentrant checkpoints give no gradient to the first block unless their input asks for one. (Others do,
-                # and the frozen layers before the first block are then left out of the backward pass.)
+            if args.gradient_checkpointing:
+                # Reentrant checkpoints give no gradient to the first block unless their input asks for one.
                 model.enable_input_require_grads()
         beta, shares_reference = args.beta, args.beta != 0.0 and train != "full"
         if shares_reference:
