@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from bridge_rl.errors import UserError
 from bridge_rl.packed import PackedGroups, pack_groups
 from bridge_rl.rollout.decode import attention
 from bridge_rl.surgery import has_bridge
@@ -37,7 +38,12 @@ def packed_attention(
 
     A prompt attends to itself, a completion to its prompt and to itself, causally; `sliding_window` is the latest so
     many tokens that are seen. One call a prompt and a row: no padding, and nothing of other rows is masked out.
+    Raises UserError for a model that caps its scores.
     """
+    if kwargs.get("softcap") is not None:
+        raise UserError(
+            "The model caps attention scores, which packed rows are computed without: set update.share_prompt=false."
+        )
     packed = packed_groups
 
     def attend(queries: tuple[int, int], k: Tensor, v: Tensor) -> Tensor:

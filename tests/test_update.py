@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bridge_rl.config import UpdateSection
 from bridge_rl.packed import pack_groups
+from bridge_rl.packed_forward import packed_attention
 from bridge_rl.update import cut_groups, rows_of, split_to, take_rows, trim
 
 
@@ -95,3 +96,12 @@ def test_groups_that_were_split_are_refused():
 def test_a_budget_of_nothing_is_refused():
     with pytest.raises(ValueError, match="token_budget is 0"):
         UpdateSection(token_budget=0)
+
+
+def test_a_model_that_caps_attention_scores_is_refused():
+    q = torch.ones(1, 1, 3, 4)
+    ids = torch.ones(1, 2, dtype=torch.long)
+    packed = pack_groups(ids, ids, ids[:, :1], ids[:, :1], 1)
+    assert packed_attention(torch.nn.Module(), q, q, q, None, packed)[0].shape == (1, 3, 1, 4)
+    with pytest.raises(ValueError, match="share_prompt=false"):
+        packed_attention(torch.nn.Module(), q, q, q, None, packed, softcap=50.0)
