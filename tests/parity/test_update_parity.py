@@ -284,3 +284,33 @@ def test_a_run_takes_the_same_steps_and_logs_the_same(make_trainer, options):
         for key in expected:
             if key.startswith(("entropy", "kl", "clip_ratio", "bridge", "rollout/recompute_kl")):
                 assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+class Kept:
+    """A tensor that a backward pass waits for, and how many bytes of them were alive at most."""
+
+    alive = peak = 0
+
+    def __init__(self, x):
+        self.x, self.bytes = x, x.nbytes
+        Kept.alive += self.bytes
+        Kept.peak = max(Kept.peak, Kept.alive)
+
+    def __del__(self):
+        Kept.alive -= self.bytes
+
+
+def peak_of_activations(trainer, batch):
+    Kept.alive = Kept.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+        loss_and_gradients(trainer, [batch])
+    return Kept.peak
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_the_activations_of_one_part_are_held_at_once(make_trainer, share_prompt):
+    batch = make_batch(4, rows=4)
+    batch = {key: torch.cat([x] * 4) if x.dim() else x * 4 for key, x in batch.items()}  # four groups of equal size
+    whole = peak_of_activations(make_trainer(UpdateSection(share_prompt)), batch)
+    parts = peak_of_activations(make_trainer(UpdateSection(share_prompt, token_budget=1)), batch)
+    assert parts < 0.4 * whole
