@@ -40,6 +40,7 @@ eval: $(READY)  ## make eval MODEL=runs/demo SUITE=tiny WIDTHS=1,2,4,8 ARGS=--co
 bench: $(READY)  ## the figures in benchmarks/results
 	$(BIN)/python benchmarks/block_cost.py
 	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/intervals.py
 

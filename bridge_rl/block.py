@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows, split_rows
+from bridge_rl.packed import PackedGroups
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,14 @@ class BridgeBlock(nn.Module):
         nn.init.zeros_(self.o_proj.weight)
         nn.init.ones_(self.norm.weight)
 
-    def forward(self, x: Tensor, alive: Tensor | None = None) -> Tensor:
-        """`x` [B, T, D] -> [B, T, D]. `alive`: bool [G, N, T], or of one step a bias [B, B] (`group.sibling_bias`).
-
-        None: rows are alone.
+    def forward(self, x: Tensor, alive: Tensor | PackedGroups | None = None) -> Tensor:
+        """`x` [B, T, D] -> [B, T, D]. `alive`: bool [G, N, T], or of one step a bias [B, B] (`group.sibling_bias`), or
+        the groups that are packed into `x` [1, T, D]. None: rows are alone.
         """
         qkv = self.qkv_proj(self.norm(x.to(self.norm.weight.dtype)))
-        if alive is None or (alive.dim() == 3 and alive.shape[1] == 1):
+        if isinstance(alive, PackedGroups):
+            mixed = self._mix_packed(qkv, alive)
+        elif alive is None or (alive.dim() == 3 and alive.shape[1] == 1):
             mixed = qkv[..., 2 * self.inner_width :]  # attention over one row gives its value
         elif alive.dim() == 2:
             mixed = self._mix_one_step(qkv, alive)
@@ -91,6 +93,13 @@ class BridgeBlock(nn.Module):
         q, k, v = self._heads(qkv, alive.shape[1])
         mixed = self._weights(q, k, alive).to(v.dtype) @ v  # [G, T, H, N, K]
         return merge_rows(mixed.permute(0, 3, 1, 2, 4)).flatten(-2)
+
+    def _mix_packed(self, qkv: Tensor, packed: PackedGroups) -> Tensor:
+        """`qkv` [1, T, 3*H*K] -> [1, T, H*K]: a prompt's tokens stand for equal rows, so they keep their own value."""
+        of_prompts = qkv[:, : packed.num_prompt_tokens, 2 * self.inner_width :]
+        columns = qkv[0].index_select(0, packed.tokens.flatten()).view(*packed.tokens.shape, -1)  # [N, S, 3*H*K]
+        mixed = self._mix_groups(columns, packed.alive).flatten(0, 1).index_select(0, packed.places)
+        return torch.cat([of_prompts, mixed[None]], dim=1)
 
     def _heads(self, qkv: Tensor, width: int) -> tuple[Tensor, ...]:
         """`qkv` [B, T, 3*H*K] -> queries, keys and values, each [G, T, H, N, K]."""
@@ -139,7 +148,7 @@ class MatchedMLP(nn.Module):
         nn.init.zeros_(self.down_proj.weight)
         nn.init.ones_(self.norm.weight)
 
-    def forward(self, x: Tensor, alive: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, alive: Tensor | PackedGroups | None = None) -> Tensor:
         """`x` [B, T, D] -> [B, T, D]. `alive` is not used."""
         y = self.norm(x.to(self.norm.weight.dtype))
         return x + self.down_proj(nn.functional.silu(self.up_proj(y))).to(x.dtype)

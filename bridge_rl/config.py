@@ -144,6 +144,26 @@ class RolloutSection:
 
 
 @dataclass
+class UpdateSection:
+    """How an update is computed. None of these changes loss or gradients.
+
+    share_prompt: a prompt is computed once for all rows that continue it, and completions without padding (packed).
+    Dropout in the model or LoRA is then drawn once a prompt. trim: rows are padded to the longest of what is computed,
+    not of the generation batch. token_budget: at most so many tokens (or one group) are computed at once, each part
+    with a backward pass of its own; None: a whole micro-batch.
+    """
+
+    share_prompt: bool = True
+    trim: bool = True
+    token_budget: int | None = None
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if self.token_budget is not None and self.token_budget < 1:
+            raise UserError(f"update.token_budget is {self.token_budget}: it must be at least 1.")
+
+
+@dataclass
 class RewardSection:
     """One reward: `rewards/answer.py:correct` or `package.module:function`, fixed keyword arguments, and its weight.
 
@@ -282,6 +302,7 @@ class Recipe:
     train: Literal["bridge", "lora", "full"] = "bridge"
     lora: LoraSection = field(default_factory=LoraSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    update: UpdateSection = field(default_factory=UpdateSection)
     warmup: WarmupSection | None = None
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)

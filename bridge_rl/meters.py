@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bridge_rl.block import BridgeBlock, MatchedMLP
+from bridge_rl.packed import PackedGroups
 from bridge_rl.report import names
 
 GIB = 2**30
@@ -78,24 +79,30 @@ def peak_memory() -> int:
 @contextmanager
 def record_norm_ratios(model: nn.Module, mask: Tensor) -> Iterator[dict[int, Tensor]]:
     """Inside, a full-sequence forward leaves in the dict, by layer, the sum of |what the block adds| / |what it is
-    added to| over the tokens that `mask` [B, C] marks among the last C columns.
+    added to| over the tokens that `mask` [B, C] marks among the last C columns; of packed groups, over all tokens of
+    the completions.
 
     What is added is taken before the sum, where bf16 has not rounded it away. A layer that a checkpoint computes again
     in the backward pass, after this, is not counted twice.
     """
     sums: dict[int, Tensor] = {}
     norms: dict[int, Tensor] = {}
-    columns = mask.shape[1]
+    counted: dict[int, Tensor] = {}
 
     def norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x.detach()[:, -columns:], dim=-1, dtype=torch.float32)  # [B, C]
+        return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32)  # [B, T]
 
     def hooks_of(layer: int) -> tuple[Any, Any]:
-        def before(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            norms[layer] = norm(inputs[0])
+        def before(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x, alive = inputs
+            if isinstance(alive, PackedGroups):
+                counted[layer] = torch.arange(x.shape[1], device=x.device)[None] >= alive.num_prompt_tokens
+            else:
+                counted[layer] = nn.functional.pad(mask.bool(), (x.shape[1] - mask.shape[1], 0))
+            norms[layer] = norm(x)
 
         def after(projection: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            sums[layer] = (norm(output) / norms.pop(layer)).masked_fill(mask == 0, 0.0).sum()
+            sums[layer] = (norm(output) / norms.pop(layer)).masked_fill(~counted.pop(layer), 0.0).sum()
 
         return before, after
 

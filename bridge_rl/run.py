@@ -92,6 +92,7 @@ def train(recipe: Recipe) -> dict[str, float]:
                 max_cache_tokens=recipe.rollout.max_cache_tokens,
                 cuda_graphs=recipe.rollout.cuda_graphs,
             ),
+            update=recipe.update,
             evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge, stop),
             stop=stop,
             train_dataset=train_set,

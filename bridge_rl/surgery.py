@@ -21,6 +21,7 @@ from bridge_rl.block import BLOCKS, BridgeConfig
 from bridge_rl.errors import UserError
 from bridge_rl.fingerprint import fingerprint
 from bridge_rl.group import alive_from_mask
+from bridge_rl.packed import PackedGroups
 
 # Families whose layer loop hands **kwargs to the layers and whose layers return [B, T, D]; each is in the tests.
 # Others fail silently (bloom, falcon, gptj drop the keyword; gemma3n has 4-D states), so they are refused by name.
@@ -52,7 +53,7 @@ class BridgeState:
 class BridgedLayer:
     """Mixed into the class of a decoder layer: the layer, then its block."""
 
-    def forward(self, *args: Any, bridge_alive: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, bridge_alive: Tensor | PackedGroups | None = None, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         block = self._modules.get("bridge")  # type: ignore[attr-defined]
         if block is None or not self.bridge_state.enabled:  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ What is kept whole and how:
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,17 +23,21 @@ from trl.trainer.utils import RepeatSampler
 
 from bridge_rl import checkpoints
 from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
+from bridge_rl.config import UpdateSection
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
 from bridge_rl.meters import StepMeter, record_norm_ratios
+from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
+from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_safe
 from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
+from bridge_rl.update import accumulating, backward, check_parts, parts_of, rows_of_parts, share_of_loss
 
 
 class EpochSampler(RepeatSampler):
@@ -72,6 +76,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
     train: `bridge` freezes everything else; `lora` needs `peft_config`; `full` trains all.
     mask_truncated: rows cut at the limit stay visible to siblings and out of the loss. (TRL's `completions/*_length`
         metrics then count them as empty.)
+    update: how a micro-batch is computed; loss and gradients do not depend on it.
     evaluator: called by `evaluate` with the trainer, returns metrics; None: no evaluation.
     stop: what may end `train` before its last step; None: nothing that is not an error.
     With beta > 0 the reference is the base without Bridge: the module itself with both switched off, or, with
@@ -93,6 +98,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         train: Literal["bridge", "lora", "full"] = "bridge",
         mask_truncated: bool = False,
         rollout_options: RolloutOptions | None = None,
+        update: UpdateSection | None = None,
         evaluator: Callable[["BridgeGRPOTrainer"], dict[str, float]] | None = None,
         stop: Stop | None = None,
         **kwargs: Any,
@@ -109,6 +115,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.rollout_options = rollout_options
         if stop is not None:
             self.rollout_options = replace(rollout_options or RolloutOptions(), cancelled=stop.asked)
+        self.update = update or UpdateSection()
+        self._own_attention = model.config.get_text_config()._attn_implementation
         self.evaluator = evaluator
         self._staging: Path | None = None  # where a checkpoint is being written
         self._sampled: dict[str, Tensor] | None = None
@@ -126,6 +134,10 @@ class BridgeGRPOTrainer(GRPOTrainer):
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)
+        check_parts(self, self.update)
+        for module in (self.model, self.ref_model):
+            if isinstance(module, torch.nn.Module):
+                serve_packed(self.accelerator.unwrap_model(module))
         self._meter, self._resume, self.stop = StepMeter(), Resume(self), stop
         self.add_callback(self._meter)
         self.add_callback(self._resume)
@@ -141,20 +153,63 @@ class BridgeGRPOTrainer(GRPOTrainer):
         return {key: split_rows(x, self.width) if _is_per_row(x) else x for key, x in batch.items()}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The loss of whole groups; of all parts but the last the backward pass has then been run already."""
         inputs = {key: merge_rows(x) if _is_per_row(x) else x for key, x in inputs.items()}
-        if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # no update since the sampling
-            self._sampled = {"logps": inputs["sampling_per_token_logps"], "mask": inputs["completion_mask"]}
         self._meter.add_tokens(inputs["prompt_mask"])
         self._meter.add_tokens(inputs["completion_mask"])
-        return super()._compute_loss(model, inputs)
+        *parts, last = parts_of(inputs, self.width, self.update, self.accelerator)
+        done = torch.zeros((), device=self.args.device)
+        for part in parts:
+            with accumulating(self.accelerator, model):
+                loss = self._loss_of_part(model, part, inputs)
+                backward(self.accelerator, loss)
+            done += loss.detach()
+        return self._loss_of_part(model, last, inputs) + done
+
+    def _loss_of_part(self, model: Any, part: dict[str, Any], whole: dict[str, Any]) -> Tensor:
+        if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # no update since the sampling
+            self._sampled = {"logps": part["sampling_per_token_logps"], "mask": part["completion_mask"]}
+        return super()._compute_loss(model, part) * share_of_loss(self.loss_type, part, whole)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.update.share_prompt:
+            return super().training_step(*args, **kwargs)
+        # Layers that are checkpointed run again in the backward pass, and look up their attention again.
+        with attention(self.accelerator.unwrap_model(self.model), PACKED):
+            return super().training_step(*args, **kwargs)
+
+    def _logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's, [B, C] each, with every prompt computed once; `batch_size` rows at once, or what the budget holds."""
+        if not self.update.share_prompt:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
+            )
+        columns = logits_to_keep
+        batch = [x[:, part] for part in (slice(-columns), slice(-columns, None)) for x in (input_ids, attention_mask)]
+        chunks = list(torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)))
+        if self.update.token_budget is not None and not torch.is_grad_enabled():
+            chunks = rows_of_parts(batch[1], batch[3], self.width, self.update, self.accelerator)
+        module = self.accelerator.unwrap_model(self.model if isinstance(model, BaseReference) else model)
+        with self.accelerator.autocast():
+            return packed_logprobs_of_chunks(model, module, batch, self.width, chunks, compute_aux_loss)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
         if self._sampled is None:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return self._logps_and_entropies(*args, **kwargs)
         logps, mask = self._sampled["logps"], self._sampled["mask"]
         self._sampled = None
         with record_norm_ratios(self.model, mask) as ratios:
-            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            result = self._logps_and_entropies(*args, **kwargs)
         log_ratio = result[0].detach() - logps
         kl = ((log_ratio.exp() - log_ratio - 1) * mask).sum()
         sums = self.accelerator.reduce(torch.stack([mask.sum(), kl, *ratios.values()]), reduction="sum")
@@ -176,16 +231,19 @@ class BridgeGRPOTrainer(GRPOTrainer):
         """Of the present generation batch: the same on every rank, and after a resume."""
         return stream_seed(self.args.seed, "training", self._step // self._generate_every)
 
-    def model_for_sampling(self) -> AbstractContextManager[PreTrainedModel]:
+    @contextmanager
+    def model_for_sampling(self) -> Iterator[PreTrainedModel]:
         """The module that is trained. Under ZeRO-3 its parameters are gathered inside, once, unless
         `args.ds3_gather_for_generation` is off: each forward pass then gathers them, and `generate_groups` keeps the
         ranks at equally many."""
-        return unwrap_model_for_generation(
+        unwrapped = unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
+        with unwrapped as model, attention(model, self._own_attention):
+            yield model
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
         start = time.perf_counter()

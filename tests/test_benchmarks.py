@@ -23,6 +23,18 @@ def test_the_rollout_benchmark_measures_every_engine_and_bar(tmp_path):
     assert output.with_suffix(".png").stat().st_size > 0
 
 
+def test_the_update_benchmark_measures_every_arm_and_bar(tmp_path):
+    output = tmp_path / "train_step.json"
+    command = [sys.executable, "benchmarks/train_step.py", "--quick", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(output.read_text())
+    arms = {"ours", "without_share_prompt", "without_share_prompt_and_trim", "trl"}
+    assert report["results"]["full"].keys() == arms
+    assert all(run["seconds"] > 0 for arms in report["results"].values() for run in arms.values())
+    assert len(report["bars"]) == 7
+
+
 def test_quick_does_not_overwrite_the_committed_figures():
     command = [sys.executable, "benchmarks/rollout.py", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

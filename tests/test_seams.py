@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from transformers.integrations.integration_utils import rewrite_logs
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from bridge_rl.report import names
 from bridge_rl.safety import _UNSAFE
@@ -19,6 +20,7 @@ OVERRIDDEN = [
     "_generate_and_score_completions",
     "_compute_loss",
     "_get_per_token_logps_and_entropies",
+    "training_step",
     "_calculate_rewards",
     "_get_train_sampler",
     "_save_checkpoint",
@@ -42,6 +44,19 @@ def test_the_trainer_overrides_nothing_else():
     inherited = {name for name in vars(BridgeGRPOTrainer) if hasattr(GRPOTrainer, name) and not name.startswith("__")}
     metadata = {"_tag_names", "_name", "_abc_impl"}
     assert inherited - metadata == set(OVERRIDDEN)
+
+
+def test_the_fused_head_scores_what_the_backbone_gives_it():
+    """Of packed groups these are the completions alone, chosen by a hook; their labels are shifted already."""
+    source = inspect.getsource(add_fused_lm_head)
+    assert "getattr(self, backbone_attr)(*args, **kwargs)" in source
+    assert "hidden_states = backbone_outputs.last_hidden_state\n            labels = shift_labels" in source
+
+
+def test_a_mask_of_four_dimensions_is_taken_for_one_that_is_made():
+    mask = torch.ones(1, 1, 1, 3)
+    config = AutoConfig.for_model("llama")
+    assert create_causal_mask(config, torch.zeros(1, 3, 8), mask, past_key_values=None) is mask
 
 
 def test_trl_shuffles_and_splits_rows_where_the_blocks_are_given():

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 import bridge_rl as br
-from bridge_rl.config import ModelSection
+from bridge_rl.config import ModelSection, UpdateSection
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.resume import checkpoint_bytes
@@ -32,7 +32,15 @@ def tokenizer():
 
 
 def make_trainer(
-    tokenizer, tmp_path, model=None, train="bridge", width=WIDTH, peft=None, cls=BridgeGRPOTrainer, **options
+    tokenizer,
+    tmp_path,
+    model=None,
+    train="bridge",
+    width=WIDTH,
+    peft=None,
+    cls=BridgeGRPOTrainer,
+    update=None,
+    **options,
 ):
     defaults = {
         "output_dir": str(tmp_path),
@@ -55,6 +63,7 @@ def make_trainer(
         GRPOConfig(**{**defaults, **options}),
         width=width,
         train=train,
+        update=update,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
         peft_config=peft,
@@ -109,7 +118,8 @@ def test_without_blocks_the_shuffle_would_break_groups(tokenizer, tmp_path):
             self.losses.append({key: x.unflatten(0, (-1, WIDTH)) for key, x in inputs.items() if x.dim()})
             return GRPOTrainer._compute_loss(self, model, inputs)
 
-    trainer = make_trainer(tokenizer, tmp_path, cls=Broken, per_device_train_batch_size=32)
+    plain = UpdateSection(share_prompt=False)  # or it would find that rows have changed places
+    trainer = make_trainer(tokenizer, tmp_path, cls=Broken, update=plain, per_device_train_batch_size=32)
     trainer.train()
     assert as_set(trainer.losses[0]["completion_ids"]) != as_set(trainer.sampled[0]["completion_ids"])
 
@@ -163,11 +173,40 @@ def test_every_loss_of_trl_trains_the_bridge(tokenizer, tmp_path, loss_type):
         assert torch.equal(after[name], parameter) == (".bridge." not in name), name
 
 
-def test_frozen_base_has_no_gradients_and_no_optimizer_state(tokenizer, tmp_path):
-    trainer = make_trainer(tokenizer, tmp_path)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_bf16_base_has_no_gradients_no_optimizer_state_and_no_fp32_copy(tokenizer, tmp_path, checkpointing):
+    model = make_bridged("llama").to(torch.bfloat16)
+    for _, parameter in br.bridge_parameters(model):
+        parameter.data = parameter.data.float()  # as `load_policy` does
+    blocks = dict(br.bridge_parameters(model))
+    given = {}  # gradients, before the trainer lets go of them
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: given.__setitem__(name, p.grad.dtype))
+    trainer = make_trainer(tokenizer, tmp_path, model=model, gradient_checkpointing=checkpointing, max_steps=2)
     trainer.train()
-    trained = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
-    assert trained == sum(p.numel() for _, p in br.bridge_parameters(trainer.model))
+    assert given == dict.fromkeys(blocks, torch.float32)
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in blocks.values()}
+    held = sum(x.numel() for state in trainer.optimizer.state.values() for x in state.values() if x.dim())
+    assert held == 2 * sum(p.numel() for p in blocks.values())  # Adam's two moments
+    assert all(p.dtype == torch.bfloat16 for name, p in trainer.model.named_parameters() if name not in blocks)
+    assert all(entry["loss"] == entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_what_is_frozen_below_the_first_block_has_no_backward_pass(tokenizer, tmp_path):
+    model = make_base("llama", num_hidden_layers=4)
+    br.attach_bridge(model, br.BridgeConfig("bridge", 2, 8, layers=[2, 3]))
+    reached = []
+
+    def watch(number, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: reached.append(number))
+
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda module, args, output, number=number: watch(number, output))
+    make_trainer(tokenizer, tmp_path, model=model).train()
+    assert set(reached) == {2, 3}
 
 
 @pytest.mark.parametrize(("train", "lora"), [("bridge", False), ("lora", True)])
@@ -194,10 +233,19 @@ def test_full_training_with_beta_has_a_second_model_as_reference(tokenizer, tmp_
     from transformers import AutoModelForCausalLM
 
     model = br.attach_bridge(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), br.BridgeConfig("bridge", 2, 8))
-    trainer = make_trainer(tokenizer, tmp_path, model=model, train="full", beta=0.1)
+    trainer = make_trainer(tokenizer, tmp_path, model=model, cls=Recording, train="full", beta=0.1)
     assert isinstance(trainer.ref_model, torch.nn.Module)
     assert not has_bridge(trainer.ref_model)
     trainer.train()
+    batch = {key: x.flatten(0, 1) if x.dim() else x for key, x in trainer.losses[0].items()}
+    with torch.no_grad():
+        expected = make_base("llama")(
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+        ).logits[:, -batch["completion_ids"].shape[1] - 1 : -1]
+    chosen = expected.log_softmax(-1).gather(-1, batch["completion_ids"][:, :, None])[:, :, 0]
+    alive = batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["ref_per_token_logps"][alive], chosen[alive], atol=1e-5, rtol=0)
 
 
 def test_lora_trains_adapter_and_blocks_and_keeps_lora_out_of_the_blocks(tokenizer, tmp_path):

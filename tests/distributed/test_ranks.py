@@ -143,6 +143,15 @@ def test_bridge_only_under_zero3_with_checkpointing_takes_the_steps_of_one(warme
     assert_same_end(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
+def test_two_ranks_that_cut_updates_into_parts_take_the_steps_of_one(warmed, one_rank, tmp_path, config):
+    """Each rank's own lengths ask for another number of parts; under ZeRO-3 each pass is a collective."""
+    facts = run(warmed, tmp_path, 32, config, "update.token_budget=150")
+    assert facts["num_processes"] == 2
+    assert_same_steps(facts, one_rank[0])
+    assert_same_end(tmp_path, one_rank[1])
+
+
 def test_the_recipe_alone_can_turn_zero_on(warmed, one_rank, tmp_path):
     """A launch with no DeepSpeed configuration, as the 8-GPU recipes are started."""
     facts = run(warmed, tmp_path, 32, TORCHRUN, "launch.zero_stage=3")

@@ -1,0 +1,156 @@
+"""What an update computes at once: whole groups in parts of a bounded number of tokens, without needless padding.
+
+Shapes: G groups, N width, B = G*N rows, C columns of the completions.
+
+However a micro-batch is cut, its loss and gradients are those of the whole: the weights of `share_of_loss` undo TRL's
+division by what it is given.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from trl import GRPOTrainer
+
+from bridge_rl.config import UpdateSection
+from bridge_rl.errors import UserError
+from bridge_rl.group import split_rows
+
+
+def check_parts(trainer: GRPOTrainer, options: UpdateSection) -> None:
+    """Raise UserError for options whose loss is not a sum over groups, and so cannot be computed in parts."""
+    whole = {
+        "entropy_coef": trainer._entropy_bonus_enabled,
+        "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
+        "router_aux_loss_coef": trainer.aux_loss_enabled,
+    }
+    for key, is_on in whole.items():
+        if is_on and options.token_budget is not None:
+            raise UserError(
+                f"update.token_budget is set with training.{key}, which is computed over a whole micro-batch: leave "
+                "one of them out, and use training.gradient_accumulation_steps against memory."
+            )
+
+
+def parts_of(
+    inputs: dict[str, Any], width: int, options: UpdateSection, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    """A micro-batch [B, ...] in parts of whole groups within the token budget, each trimmed to its own longest row."""
+    rows = rows_of_parts(inputs["prompt_mask"], inputs["completion_mask"], width, options, accelerator)
+    parts = [take_rows(inputs, part) for part in rows] if len(rows) > 1 else [inputs]
+    return [trim(part) for part in parts] if options.trim else parts
+
+
+def rows_of_parts(
+    prompt_mask: Tensor, completion_mask: Tensor, width: int, options: UpdateSection, accelerator: Accelerator
+) -> list[Tensor]:
+    """The rows of each part, equally many parts on every rank: those that share a model run each pass together."""
+    groups = cut_groups(prompt_mask, completion_mask, width, options.token_budget, options.share_prompt)
+    if options.token_budget is not None:
+        count = accelerator.gather(torch.tensor([len(groups)], device=accelerator.device)).max()
+        groups = split_to(groups, int(count))
+    return [rows_of(part, width, prompt_mask.device) for part in groups]
+
+
+def trim(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A micro-batch of TRL's, [B, columns] each, without the columns in which no row holds a token."""
+    lengths, columns = inputs["prompt_mask"].sum(1).max(), inputs["completion_mask"].shape[1]
+    longest = inputs["completion_mask"].sum(1).max()
+    trimmed = dict(inputs)
+    for key, x in inputs.items():
+        if key.startswith("prompt_"):
+            trimmed[key] = x[:, x.shape[1] - lengths :]
+        elif isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == columns:
+            trimmed[key] = x[:, :longest]
+    return trimmed
+
+
+def cut_groups(
+    prompt_mask: Tensor, completion_mask: Tensor, width: int, budget: int | None, packed: bool
+) -> list[list[int]]:
+    """Groups in parts that are computed one after the other, each within `budget` tokens or one group large.
+
+    Groups are sorted by their length, so that little is padded. What counts are the tokens computed: all that a part
+    holds if it is `packed`, else its rows at the longest's length. No budget: one part, in the given order.
+    """
+    groups = len(prompt_mask) // width
+    if budget is None:
+        return [list(range(groups))]
+    prompts = split_rows(prompt_mask, width).sum(-1)[:, 0].tolist()
+    lengths = split_rows(completion_mask, width).sum(-1)  # [G, N]
+    longest, total = lengths.amax(1).tolist(), lengths.sum(1).tolist()
+
+    def cost(part: list[int]) -> int:
+        if packed:
+            return sum(prompts[g] + total[g] for g in part)
+        return width * len(part) * (max(prompts[g] for g in part) + max(longest[g] for g in part))
+
+    parts: list[list[int]] = []
+    for group in sorted(range(groups), key=lambda g: total[g] if packed else longest[g], reverse=True):
+        if parts and cost([*parts[-1], group]) <= budget:
+            parts[-1].append(group)
+        else:
+            parts.append([group])
+    return parts
+
+
+def split_to(parts: list[list[int]], count: int) -> list[list[int]]:
+    """The parts, the largest ones halved until there are `count`: ranks that share a model run equally many."""
+    parts = list(parts)
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda n: len(parts[n]))
+        part = parts.pop(largest)
+        parts[largest:largest] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    return parts
+
+
+def rows_of(groups: list[int], width: int, device: torch.device) -> Tensor:
+    """int64 [B']: the rows of some groups, in their order."""
+    return (torch.tensor(groups, device=device)[:, None] * width + torch.arange(width, device=device)).flatten()
+
+
+def take_rows(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of a micro-batch; what is not per row stays."""
+    return {key: x[rows] if isinstance(x, Tensor) and x.dim() > 0 else x for key, x in inputs.items()}
+
+
+def share_of_loss(loss_type: str, part: dict[str, Any], whole: dict[str, Any]) -> float | Tensor:
+    """By what a part's loss is weighted so that the parts add up to the whole micro-batch's.
+
+    TRL divides by the rows that it is given (`grpo`, `sapo`, `dr_grpo`, `luspo`), by the tokens that it is given
+    (`bnpo`), or by the tokens of the generation batch, which every part carries along (`dapo`, `cispo`, `vespo`).
+    """
+    if loss_type == "bnpo":
+        tokens, of_all = (counted_mask(inputs).sum() for inputs in (part, whole))
+        return tokens / of_all.clamp(min=1)
+    if loss_type in ("dapo", "cispo", "vespo"):
+        return 1.0
+    return len(part["completion_mask"]) / len(whole["completion_mask"])
+
+
+def counted_mask(inputs: dict[str, Any]) -> Tensor:
+    """The tokens that the loss counts, [B, C]."""
+    return inputs["completion_mask"] * inputs.get("tool_mask", 1)
+
+
+@contextmanager
+def accumulating(accelerator: Accelerator, model: Any) -> Iterator[None]:
+    """Inside, a backward pass adds to the gradients: no exchange between ranks, no step."""
+    state = accelerator.gradient_state
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(before)
+
+
+def backward(accelerator: Accelerator, loss: Tensor) -> None:
+    """As in transformers' training step: DeepSpeed must not divide by the accumulation, TRL has."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))

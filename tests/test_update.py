@@ -1,0 +1,107 @@
+"""Cutting and trimming a micro-batch, and packing groups, on hand-made lengths."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge_rl.config import UpdateSection
+from bridge_rl.packed import pack_groups
+from bridge_rl.packed_forward import packed_attention
+from bridge_rl.update import cut_groups, rows_of, split_to, take_rows, trim
+
+
+def right(lengths, columns=None):
+    return (torch.arange(columns or max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+PROMPTS = right([3, 3, 1, 1, 2, 2]).flip(1)  # padded on the left
+LENGTHS = [2, 1, 4, 1, 3, 3]
+
+
+def test_groups_are_sorted_by_length_and_cut_at_the_budget():
+    # Tokens packed: 3+3, 1+5, 2+6; padded: 2*(3+2), 2*(1+4), 2*(2+3).
+    completions = right(LENGTHS)
+    assert cut_groups(PROMPTS, completions, 2, None, packed=True) == [[0, 1, 2]]
+    assert cut_groups(PROMPTS, completions, 2, 14, packed=True) == [[2, 1], [0]]
+    assert cut_groups(PROMPTS, completions, 2, 13, packed=True) == [[2], [1, 0]]
+    assert cut_groups(PROMPTS, completions, 2, 1, packed=True) == [[2], [1], [0]]
+    assert cut_groups(PROMPTS, completions, 2, 24, packed=False) == [[1, 2], [0]]
+    assert cut_groups(PROMPTS, completions, 2, 23, packed=False) == [[1], [2], [0]]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 60), st.booleans(), st.data())
+def test_any_cut_has_every_group_once_and_keeps_the_budget(longest, budget, packed, data):
+    lengths = [n for length in longest for n in (length, 1)]
+    prompts, completions = right([2] * len(lengths)), right(lengths, 9)
+    parts = cut_groups(prompts, completions, 2, budget, packed)
+    count = data.draw(st.integers(len(parts), len(longest)))
+    for cut in (parts, split_to(parts, count)):
+        assert sorted(g for part in cut for g in part) == list(range(len(longest)))
+        assert all(cut)
+    assert len(split_to(parts, count)) == count
+    for part in parts:
+        most = max(longest[g] for g in part)
+        tokens = sum(2 + longest[g] + 1 for g in part) if packed else 2 * len(part) * (2 + most)
+        assert tokens <= budget or len(part) == 1
+
+
+def test_a_part_is_trimmed_to_its_own_longest_rows():
+    ids = torch.arange(6 * 4).view(6, 4)
+    batch = {
+        "prompt_ids": torch.arange(18).view(6, 3),
+        "prompt_mask": PROMPTS,
+        "completion_ids": ids,
+        "completion_mask": right(LENGTHS),
+        "advantages": torch.arange(6.0),
+        "old_per_token_logps": -ids.float(),
+        "num_items_in_batch": torch.tensor(14),
+    }
+    part = trim(take_rows(batch, rows_of([2], 2, "cpu")))
+    assert part["prompt_ids"].tolist() == [[13, 14], [16, 17]]
+    assert part["completion_ids"].tolist() == [[16, 17, 18], [20, 21, 22]]
+    assert part["old_per_token_logps"].shape == (2, 3)
+    assert part["advantages"].tolist() == [4, 5]
+    assert part["num_items_in_batch"] == 14
+
+
+def test_a_packed_sequence_by_hand():
+    prompt_ids = torch.tensor([[0, 8, 9], [0, 8, 9], [5, 6, 7], [5, 6, 7]])
+    completions = torch.tensor([[11, 12], [13, 0], [14, 0], [15, 16]])
+    packed = pack_groups(prompt_ids, (prompt_ids > 0).long(), completions, (completions > 0).long(), 2)
+    assert packed.ids.tolist() == [[8, 9, 5, 6, 7, 11, 12, 13, 14, 15, 16]]
+    assert packed.positions.tolist() == [[0, 1, 0, 1, 2, 2, 3, 2, 3, 3, 4]]
+    assert packed.labels.tolist() == [[11, 12, 13, 14, 15, 16]]
+    assert packed.scored.tolist() == [1, 5, 1, 4, 4, 9]
+    assert packed.counts.flatten().tolist() == [2] * 5 + [1] * 6
+    assert packed.prompt_of_row == [0, 0, 1, 1]
+    assert packed.tokens.tolist() == [[5, 6, 8, 0], [7, 0, 9, 10]]
+    assert packed.alive.tolist() == [[[True, True, True, False], [True, False, True, True]]]
+    assert packed.places.tolist() == [0, 1, 4, 2, 6, 7]
+
+
+def test_equal_prompts_of_different_groups_are_one():
+    prompts, completions = torch.full((6, 2), 3), torch.full((6, 1), 4)
+    packed = pack_groups(prompts, torch.ones_like(prompts), completions, torch.ones_like(completions), 2)
+    assert packed.ids.tolist() == [[3, 3] + [4] * 6]
+    assert packed.counts.flatten().tolist() == [6, 6] + [1] * 6
+
+
+def test_groups_that_were_split_are_refused():
+    prompts, completions = torch.tensor([[3], [4]]), torch.ones(2, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="do not share one prompt"):
+        pack_groups(prompts, torch.ones_like(prompts), completions, completions, 2)
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="token_budget is 0"):
+        UpdateSection(token_budget=0)
+
+
+def test_a_model_that_caps_attention_scores_is_refused():
+    q = torch.ones(1, 1, 3, 4)
+    ids = torch.ones(1, 2, dtype=torch.long)
+    packed = pack_groups(ids, ids, ids[:, :1], ids[:, :1], 1)
+    assert packed_attention(torch.nn.Module(), q, q, q, None, packed)[0].shape == (1, 3, 1, 4)
+    with pytest.raises(ValueError, match="share_prompt=false"):
+        packed_attention(torch.nn.Module(), q, q, q, None, packed, softcap=50.0)
