@@ -58,6 +58,13 @@ def make_bridged(family: str, kind: str = "bridge", **overrides) -> PreTrainedMo
     return switch_on(br.attach_bridge(model, br.BridgeConfig(kind=kind, num_heads=2, head_dim=8)))
 
 
+@pytest.fixture(autouse=True)
+def no_run_of_another_test():
+    """A run says where it logs in the environment, and expects to be alone in its process."""
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_DIR", "WANDB_RESUME", "WANDB_RUN_ID"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(params=CORE_FAMILIES)
 def family(request) -> str:
     return request.param

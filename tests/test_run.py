@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
     main(["train", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={output}", *LOGGED])
     wandb.finish()
+    wandb.teardown()  # else W&B keeps this directory for the runs of later tests
     return output
 
 

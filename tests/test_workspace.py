@@ -137,7 +137,7 @@ def test_wandb_has_the_table_of_completions_by_group(run):
 
 def test_tensorboard_has_the_same_keys_and_values(run, logged):
     found = {}
-    for file in sorted(run.glob("runs/*/events.out.tfevents.*")):
+    for file in sorted(run.glob("tensorboard/**/events.out.tfevents.*")):
         events = EventAccumulator(str(file)).Reload()
         found |= {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
     ours = {names.in_tracker(name) for name in names.TRAIN} | {f"eval/{name}/w4" for name in names.EVALUATION}
