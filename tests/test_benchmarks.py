@@ -40,3 +40,13 @@ def test_quick_does_not_overwrite_the_committed_figures():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--quick needs --output" in done.stderr
+
+
+def test_pages_hold_little_more_than_the_tokens_of_the_long_tailed_benchmark(monkeypatch):
+    """The goal is 1.1: rows of about 60 tokens and prompts of 32 to 96, each of the lengths of the full benchmark."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from rollout import FULL, run_rollout, tiny_model
+
+    model = tiny_model().eval()
+    rollout, _ = run_rollout(model, FULL.compared[0].work(model.config.vocab_size))
+    assert rollout.stats.peak_cache_tokens <= 1.1 * rollout.stats.held_tokens_at_peak

@@ -1,9 +1,6 @@
 """One model on one suite: what is asked, checked against what is there, sampled, analysed and written."""
 
 import argparse
-import hashlib
-import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +8,8 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from bridge_rl.config import DataSection, EvaluationSection, Recipe, RewardSection, load_recipe
+from bridge_rl.config import DataSection, EvaluationSection
 from bridge_rl.data import make_prompts
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import Chooser
@@ -31,16 +27,21 @@ from bridge_rl.evaluation.run import (
     plan_evaluation,
 )
 from bridge_rl.evaluation.samples import SampledGroup, SampleStore, write_for_readers
+from bridge_rl.evaluation.settings import (
+    claim,
+    default_limit,
+    digest,
+    digest_of_reward,
+    first,
+    lengths_below,
+    reward_of,
+    trained_with,
+)
 from bridge_rl.evaluation.suites import MATH_REWARD, Suite, load_suite
-from bridge_rl.models import load_reward
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
-
-# What decides the samples of a directory: with other settings they would be others.
-SETTINGS_FILE = "evaluation.json"
-DIGESTS = {"weights": "weights", "problems": "problems or prompts", "judging": "another version of the reward's file"}
 
 
 @dataclass(frozen=True)
@@ -225,64 +226,16 @@ def make_job(
     )
 
 
-def trained_with(model: str) -> Recipe | None:
-    """The recipe that a run left beside its model, or beside the checkpoints of which this is one.
-
-    Prompts and sampling are then those it was trained for.
-    """
-    path = Path(model)
-    folder = path.parent if path.name.startswith(PREFIX_CHECKPOINT_DIR) else path
-    recipe = folder / "recipe.yaml"
-    return load_recipe(recipe) if recipe.is_file() else None
-
-
-def reward_of(named: str | None, suite: Suite, trained: Recipe | None) -> RewardSection:
-    """The one that was named; else, of a file of problems, what the run was trained with; else the suite's."""
-    if named is not None:
-        return RewardSection(named)
-    return trained.rewards[0] if trained and suite.is_file else suite.reward
-
-
-def default_limit(suite: Suite, trained: Recipe | None) -> int:
-    """What the run was trained or evaluated with; a suite that needs longer completions gets them."""
-    if trained is None:
-        return suite.max_new_tokens
-    own = trained.evaluation.max_new_tokens or trained.rollout.max_new_tokens
-    return own if suite.is_file else max(own, suite.max_new_tokens)
-
-
 def say_if_positions_run_out(model: PreTrainedModel, limit: int) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and limit >= most and PartialState().is_main_process:
         print(f"completions of up to {limit} tokens pass the {most} positions that the model is made for", flush=True)
 
 
-def digest_of_reward(section: RewardSection) -> str:
-    """Of the file that judges and its fixed arguments: an edited one would judge otherwise."""
-    source = inspect.getsourcefile(inspect.unwrap(load_reward(section, 0)))
-    content = Path(source).read_bytes() if source else b""
-    return digest([hashlib.sha256(content).hexdigest(), section.kwargs])
-
-
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def earlier_probes(directory: Path) -> Probes | None:
     """Those of an earlier call on the same samples."""
     path = directory / "results.json"
     return read_results(path).probes if path.is_file() else None
-
-
-def first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(value for value in values if value is not None)
-
-
-def lengths_below(limit: int, trained: int | None) -> list[int]:
-    """The limit, its half, quarter and eighth, and the length of training if that is below."""
-    parts = {limit // part for part in (8, 4, 2, 1)} | {trained or limit}
-    return sorted(length for length in parts if 0 < length <= limit)
 
 
 def say_uneven_samples(section: EvaluationSection) -> None:
@@ -301,25 +254,3 @@ def say_what_shuffling_needs(section: EvaluationSection, controls: bool) -> None
             f"(--max-rows is {section.max_rows})",
             flush=True,
         )
-
-
-def claim(directory: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a new directory; raise UserError if it holds samples of others."""
-    path = directory / SETTINGS_FILE
-    if not any((directory / "samples").glob("rank_*.jsonl")):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--output: nothing can be written to {directory} ({error}): name another.") from error
-        return
-    before = json.loads(path.read_text())
-    for key, value in settings.items():
-        if before.get(key) != value:
-            made = f"made with {key} {before.get(key)!r}, not {value!r}"
-            if key in DIGESTS:
-                made = f"made with other {DIGESTS[key]}".replace("other another", "another")
-            raise UserError(
-                f"{directory} holds samples {made} ({path}): go on with the same, give another --output, or delete the "
-                "directory."
-            )

@@ -232,7 +232,7 @@ def test_answers_that_math_verify_cannot_read_do_for_a_reward_that_can(checkpoin
 
 
 def test_a_checkpoint_of_a_run_is_evaluated_as_the_run(tmp_path):
-    from bridge_rl.evaluation.job import trained_with
+    from bridge_rl.evaluation.settings import trained_with
 
     (tmp_path / "recipe.yaml").write_text((ROOT / "recipes/tiny_arith.yaml").read_text())
     (tmp_path / "checkpoint-4").mkdir()

@@ -1,0 +1,93 @@
+"""What an evaluation is asked for where nobody says, and whether the samples of a directory were asked for the same."""
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from bridge_rl.config import Recipe, RewardSection, load_recipe
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.suites import Suite
+from bridge_rl.models import load_reward
+
+# What decides the samples of a directory: with other settings they would be others.
+SETTINGS_FILE = "evaluation.json"
+# Settings of which only a digest is kept, and what a user has changed when it differs.
+DIGESTS = {
+    "weights": "other weights",
+    "problems": "other problems or prompts",
+    "judging": "another version of the reward's file",
+}
+
+
+def trained_with(model: str) -> Recipe | None:
+    """The recipe that a run left beside its model, or beside the checkpoints of which this is one.
+
+    Prompts and sampling are then those it was trained for.
+    """
+    path = Path(model)
+    folder = path.parent if path.name.startswith(PREFIX_CHECKPOINT_DIR) else path
+    recipe = folder / "recipe.yaml"
+    return load_recipe(recipe) if recipe.is_file() else None
+
+
+def reward_of(named: str | None, suite: Suite, trained: Recipe | None) -> RewardSection:
+    """The one that was named; else, of a file of problems, what the run was trained with; else the suite's."""
+    if named is not None:
+        return RewardSection(named)
+    return trained.rewards[0] if trained and suite.is_file else suite.reward
+
+
+def default_limit(suite: Suite, trained: Recipe | None) -> int:
+    """What the run was trained or evaluated with; a suite that needs longer completions gets them."""
+    if trained is None:
+        return suite.max_new_tokens
+    own = trained.evaluation.max_new_tokens or trained.rollout.max_new_tokens
+    return own if suite.is_file else max(own, suite.max_new_tokens)
+
+
+def lengths_below(limit: int, trained: int | None) -> list[int]:
+    """The limit, its half, quarter and eighth, and the length of training if that is below."""
+    parts = {limit // part for part in (8, 4, 2, 1)} | {trained or limit}
+    return sorted(length for length in parts if 0 < length <= limit)
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def digest_of_reward(section: RewardSection) -> str:
+    """Of the file that judges and its fixed arguments: an edited one would judge otherwise."""
+    source = inspect.getsourcefile(inspect.unwrap(load_reward(section, 0)))
+    content = Path(source).read_bytes() if source else b""
+    return digest([hashlib.sha256(content).hexdigest(), section.kwargs])
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def claim(directory: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new directory; raise UserError if it holds samples of others."""
+    path = directory / SETTINGS_FILE
+    if not any((directory / "samples").glob("rank_*.jsonl")):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--output: nothing can be written to {directory} ({error}): name another.") from error
+        return
+    before = json.loads(path.read_text())
+    for key, value in settings.items():
+        if before.get(key) != value:
+            made = f"made with {key} {before.get(key)!r}, not {value!r}"
+            if key in DIGESTS:
+                made = f"made with {DIGESTS[key]}"
+            raise UserError(
+                f"{directory} holds samples {made} ({path}): go on with the same, give another --output, or delete the "
+                "directory."
+            )
