@@ -18,7 +18,6 @@ from transformers import PrinterCallback, TrainingArguments
 from trl import GRPOConfig
 
 from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
-from bridge_rl.checkpoints import checkpoint_to_resume
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import Stopped, UserError
@@ -42,6 +41,7 @@ from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.report.tracking import start_tracking, trackers
 from bridge_rl.rollout import RolloutOptions
+from bridge_rl.run_checkpoints import checkpoint_to_resume
 from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups

@@ -21,22 +21,23 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
-from bridge_rl import checkpoints
+from bridge_rl import run_checkpoints
 from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
 from bridge_rl.config import UpdateSection
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.metrics import RIGHT
-from bridge_rl.group import merge_rows, prompts_of_groups, repeat_for_rows, split_rows
+from bridge_rl.group import merge_rows, split_rows
 from bridge_rl.meters import StepMeter, record_norm_ratios
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
-from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
+from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_safe
 from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
+from bridge_rl.training_rollout import lockstep_rollout
 from bridge_rl.update import accumulating, backward, check_parts, parts_of, rows_of_parts, share_of_loss
 
 
@@ -334,11 +335,11 @@ class BridgeGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """TRL's checkpoint and this rank's state, under the checkpoint's name only when all of it is there."""
         output, step = Path(self.args.output_dir), self.state.global_step
-        folder, size = checkpoints.path_of(output, step), checkpoint_bytes(self)
+        folder, size = run_checkpoints.path_of(output, step), checkpoint_bytes(self)
         if folder.is_dir():  # this step's, from which the run has just gone on
             return
         with self.stop.timing_save(size) if self.stop else nullcontext():
-            with checkpoints.writing(
+            with run_checkpoints.writing(
                 output, step, size, self.args.save_total_limit, self.state.best_global_step
             ) as self._staging:
                 try:
@@ -365,58 +366,14 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     def _stopped(self) -> Stopped:
         assert self.stop is not None
-        return Stopped(self.stop.sentence(checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)))
+        return Stopped(self.stop.sentence(run_checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)))
 
     @property
     def resumed_here(self) -> bool:
         """Whether no step has been taken since the checkpoint from which the run went on."""
         checkpoint = self._resume.checkpoint
-        return checkpoint is not None and checkpoints.step_of(checkpoint) == self.state.global_step
+        return checkpoint is not None and run_checkpoints.step_of(checkpoint) == self.state.global_step
 
 
 def _is_per_row(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0
-
-
-def lockstep_rollout(prompts: list[Any], trainer: BridgeGRPOTrainer) -> dict[str, list[Any]]:
-    """TRL's `rollout_func`: one completion a row for this rank's prompts, which come repeated `num_generations` times.
-
-    Raises ValueError if the rows of a group do not share a prompt.
-    """
-    start = time.perf_counter()
-    prompt_ids = trainer._tokenize_prompts(prompts)[0]
-    per_group = prompts_of_groups(prompt_ids, trainer.width)
-    first = trainer.accelerator.process_index * len(per_group)
-    indices = range(first, first + len(per_group))
-    params = SamplingParams(
-        max_new_tokens=trainer.max_completion_length,
-        temperature=trainer.temperature,
-        seed=trainer.rollout_seed,
-        eos_token_id=trainer.eos_token_ids,
-    )
-    with trainer.model_for_sampling() as model:
-        rollout = Rollout(model, per_group, trainer.width, params, indices, options=trainer.rollout_options)
-        groups = rollout.run()
-    if trainer.stop is not None:
-        trainer.stop.give_up_if_asked()
-
-    seconds = time.perf_counter() - start
-    tokens = [row for group in groups for row in group.tokens]
-    cut = [reason == "length" for group in groups for reason in group.finish_reasons]
-    group_index = repeat_for_rows(indices, trainer.width)
-    trainer._log(names.ROLLOUT_SECONDS, seconds)
-    trainer._log(names.ROLLOUT_TOKENS_PER_SECOND, sum(map(len, tokens)) / seconds)
-    trainer._log(names.ROLLOUT_TRUNCATED, sum(cut) / len(cut))
-    trainer._log(names.ROLLOUT_ROWS_PER_STEP, rollout.stats.row_steps / max(1, rollout.stats.steps))
-    trainer._log(names.ROLLOUT_CACHE_TOKENS, rollout.stats.peak_cache_tokens)
-    trainer._log(names.ROLLOUT_PREEMPTED, rollout.stats.preempted)
-    trainer._log_completion_extra("group", group_index)
-    output: dict[str, list[Any]] = {
-        "prompt_ids": prompt_ids,
-        "completion_ids": tokens,
-        "logprobs": [row for group in groups for row in group.logprobs],
-        "group_index": group_index,
-    }
-    if trainer.mask_truncated:
-        output["env_mask"] = [[int(not c)] * len(row) for c, row in zip(cut, tokens, strict=True)]
-    return output

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import bridge_rl as br
-from bridge_rl.checkpoints import writing
 from bridge_rl.cli import main
+from bridge_rl.run_checkpoints import writing
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_arith.yaml"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import bridge_rl.run
-from bridge_rl import checkpoints, resume
+from bridge_rl import resume, run_checkpoints
 from bridge_rl.cli import main
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.rollout import Rollout
@@ -58,10 +58,10 @@ POINTS = {
     "before the weights": (BridgeGRPOTrainer, "_save", False),
     "before the optimizer state": (BridgeGRPOTrainer, "_save_optimizer_and_scheduler", False),
     "after the RNG": (BridgeGRPOTrainer, "_save_rng_state", True),
-    "before the manifest": (checkpoints, "_seal", False),
-    "after the manifest": (checkpoints, "_seal", True),
-    "after the renaming": (checkpoints, "_publish", True),
-    "before the deletion": (checkpoints, "_rotate", False),
+    "before the manifest": (run_checkpoints, "_seal", False),
+    "after the manifest": (run_checkpoints, "_seal", True),
+    "after the renaming": (run_checkpoints, "_publish", True),
+    "before the deletion": (run_checkpoints, "_rotate", False),
     "in the evaluation": (SampleStore, "append", True),
     "after the training": (BridgeGRPOTrainer, "save_model", False),
 }
@@ -110,7 +110,7 @@ def forget_the_epoch() -> None:
 
 def newest(argv: list[str]) -> Path:
     [output] = [Path(option.partition("=")[2]) for option in argv if option.startswith("output_dir=")]
-    return checkpoints.numbered(output)[-1]
+    return run_checkpoints.numbered(output)[-1]
 
 
 def truncate(argv: list[str]) -> None:

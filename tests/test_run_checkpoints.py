@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
-from bridge_rl import checkpoints
-from bridge_rl.checkpoints import MANIFEST, checkpoint_to_resume, last_good, numbered, problem_of, writing
+from bridge_rl import run_checkpoints
 from bridge_rl.errors import UserError
+from bridge_rl.run_checkpoints import MANIFEST, checkpoint_to_resume, last_good, numbered, problem_of, writing
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_checkpoint(tmp_path, save, monk
     write(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     sizes = iter([usage.free, 10])
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=next(sizes)))
+    monkeypatch.setattr(run_checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=next(sizes)))
 
     def fill() -> None:
         with writing(tmp_path, 2, 4_000_000, 1) as staging:
@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_checkpoint(tmp_path, save, monk
 LIMITED = """
 import resource, sys; from pathlib import Path; import torch; from accelerate import PartialState
 from safetensors.torch import save_file
-from bridge_rl.checkpoints import writing; from bridge_rl.cli import run_command
+from bridge_rl.run_checkpoints import writing; from bridge_rl.cli import run_command
 PartialState(cpu=True); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 def save():
     with writing(Path(sys.argv[1]), 2, 400_000, 1) as staging:
@@ -180,9 +180,9 @@ def test_a_limit_on_file_size_is_said_where_the_disk_shows_room(tmp_path, writer
 
 
 def test_other_errors_are_not_taken_for_a_full_disk():
-    assert checkpoints.is_failed_write(OSError(errno.ENOSPC, "No space left on device"))
-    assert not checkpoints.is_failed_write(OSError(errno.EACCES, "Permission denied"))
-    assert not checkpoints.is_failed_write(RuntimeError("shapes differ"))
+    assert run_checkpoints.is_failed_write(OSError(errno.ENOSPC, "No space left on device"))
+    assert not run_checkpoints.is_failed_write(OSError(errno.EACCES, "Permission denied"))
+    assert not run_checkpoints.is_failed_write(RuntimeError("shapes differ"))
 
 
 def test_never_refuses_a_directory_with_checkpoints(tmp_path):
@@ -202,7 +202,7 @@ def test_a_path_is_where_a_run_goes_on_unless_there_is_more_to_lose(tmp_path):
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
     folder = write(tmp_path, 1)
-    read = checkpoints._read
-    monkeypatch.setattr(checkpoints, "_read", lambda path: {**read(path), "num_processes": 2})
+    read = run_checkpoints._read
+    monkeypatch.setattr(run_checkpoints, "_read", lambda path: {**read(path), "num_processes": 2})
     with pytest.raises(UserError, match=r"was written by 2 process\(es\) and this run has 1"):
         checkpoint_to_resume(str(folder), tmp_path)

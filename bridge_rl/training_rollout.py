@@ -1,0 +1,55 @@
+"""The rollout of a training batch as TRL asks for it: whole groups, sampled in lockstep by the module in training."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from bridge_rl.group import prompts_of_groups, repeat_for_rows
+from bridge_rl.report import names
+from bridge_rl.rollout import Rollout, SamplingParams
+
+if TYPE_CHECKING:
+    from bridge_rl.trainer import BridgeGRPOTrainer
+
+
+def lockstep_rollout(prompts: list[Any], trainer: "BridgeGRPOTrainer") -> dict[str, list[Any]]:
+    """TRL's `rollout_func`: one completion a row for this rank's prompts, which come repeated `num_generations` times.
+
+    Raises ValueError if the rows of a group do not share a prompt.
+    """
+    start = time.perf_counter()
+    prompt_ids = trainer._tokenize_prompts(prompts)[0]
+    per_group = prompts_of_groups(prompt_ids, trainer.width)
+    first = trainer.accelerator.process_index * len(per_group)
+    indices = range(first, first + len(per_group))
+    params = SamplingParams(
+        max_new_tokens=trainer.max_completion_length,
+        temperature=trainer.temperature,
+        seed=trainer.rollout_seed,
+        eos_token_id=trainer.eos_token_ids,
+    )
+    with trainer.model_for_sampling() as model:
+        rollout = Rollout(model, per_group, trainer.width, params, indices, options=trainer.rollout_options)
+        groups = rollout.run()
+    if trainer.stop is not None:
+        trainer.stop.give_up_if_asked()
+
+    seconds = time.perf_counter() - start
+    tokens = [row for group in groups for row in group.tokens]
+    cut = [reason == "length" for group in groups for reason in group.finish_reasons]
+    group_index = repeat_for_rows(indices, trainer.width)
+    trainer._log(names.ROLLOUT_SECONDS, seconds)
+    trainer._log(names.ROLLOUT_TOKENS_PER_SECOND, sum(map(len, tokens)) / seconds)
+    trainer._log(names.ROLLOUT_TRUNCATED, sum(cut) / len(cut))
+    trainer._log(names.ROLLOUT_ROWS_PER_STEP, rollout.stats.row_steps / max(1, rollout.stats.steps))
+    trainer._log(names.ROLLOUT_CACHE_TOKENS, rollout.stats.peak_cache_tokens)
+    trainer._log(names.ROLLOUT_PREEMPTED, rollout.stats.preempted)
+    trainer._log_completion_extra("group", group_index)
+    output: dict[str, list[Any]] = {
+        "prompt_ids": prompt_ids,
+        "completion_ids": tokens,
+        "logprobs": [row for group in groups for row in group.logprobs],
+        "group_index": group_index,
+    }
+    if trainer.mask_truncated:
+        output["env_mask"] = [[int(not c)] * len(row) for c, row in zip(cut, tokens, strict=True)]
+    return output
