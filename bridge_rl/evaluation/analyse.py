@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bridge_rl.evaluation.aggregate import Chooser, by_setting, length_curve, regroup, summarize
+from bridge_rl.evaluation.aggregate import Chooser, aggregate_answers, by_setting, length_curve, regroup, summarize
 from bridge_rl.evaluation.controls import at_equal_cost, judge_controls
-from bridge_rl.evaluation.results import Probes, Results, Summary
+from bridge_rl.evaluation.results import Aggregated, Probes, Results, Summary
 from bridge_rl.evaluation.samples import SampledGroup
 
 METHODS = ("majority", "best-of-n")
@@ -35,10 +35,15 @@ def analyse(
         summaries=summaries,
         comparisons=controls.comparisons,
         verdicts=[*cautions(summaries), *controls.verdicts],
-        aggregated=at_equal_cost(groups if listening else at_widths, methods),
+        aggregated=at_equal_cost(groups, methods) if listening else of_every_width(at_widths, methods),
         lengths=length_curve(at_widths),
         probes=probes,
     )
+
+
+def of_every_width(groups: Sequence[SampledGroup], methods: Sequence[str | Chooser]) -> list[Aggregated]:
+    """Each method on independent rows, which have no others to be compared with."""
+    return [aggregate_answers(own, method) for own in by_setting(groups).values() for method in methods]
 
 
 def cautions(summaries: Sequence[Summary]) -> list[str]:

@@ -100,6 +100,9 @@ def test_a_base_is_sampled_once_and_says_what_it_leaves_out(tmp_path, capsys):
     assert "--controls and --probes are left out: without a Bridge" in capsys.readouterr().out
     assert [(summary.condition, summary.width) for summary in results.summaries] == [("model", w) for w in (1, 2, 4)]
     assert len({summary.metrics["pass@1"].value for summary in results.summaries}) == 1
+    assert [(found.method, found.samples) for found in results.aggregated] == [
+        (method, width) for width in (1, 2, 4) for method in ("majority", "best-of-n")
+    ]
     assert len(SampleStore(tmp_path / "samples").read()) == 8 * 4
 
 
