@@ -48,8 +48,7 @@ from bridge_rl.report.tables import as_table
 class Job:
     """settings: what decides the samples. meta: how the results were made, settings included.
 
-    limits: lengths at which completions are judged as if cut there. probing: whether to watch the blocks, and to try
-    `probe_rows` wrong rows beside other siblings.
+    probing: whether to watch the blocks, and to try `probe_rows` wrong rows beside other siblings.
     """
 
     model: PreTrainedModel
@@ -59,7 +58,6 @@ class Job:
     section: EvaluationSection
     settings: dict[str, Any]
     meta: dict[str, Any]
-    limits: list[int]
     methods: Sequence[str | Chooser]
     controls: bool
     probing: bool
@@ -102,7 +100,7 @@ class Job:
             seed,
             store,
             controls=self.controls,
-            limits=self.limits,
+            limits=self.settings["lengths"],
         )
 
     def probe(self, evaluation: Evaluation, groups: Sequence[SampledGroup]) -> Probes:
@@ -182,12 +180,13 @@ def make_job(
         raise UserError(
             f"--lengths goes up to {max(limits)}, but completions have at most {limit} tokens: raise --max-new-tokens."
         )
+    judge = Judge.of(reward)
     settings = {
         "weights": weights,
         "suite": suite.name,
         "problems": digest(rows),
         "reward": reward.function,
-        "judging": digest_of_reward(reward),
+        "judging": digest_of_reward(judge.reward, reward.kwargs),
         "temperature": section.temperature,
         "top_p": section.top_p,
         "max_new_tokens": limit,
@@ -214,11 +213,10 @@ def make_job(
         model=model,
         tokenizer=tokenizer,
         rows=rows,
-        judge=Judge.of(reward),
+        judge=judge,
         section=section,
         settings=settings,
         meta=meta,
-        limits=limits,
         methods=methods,
         controls=args.controls and listening,
         probing=args.probes and listening,

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bridge_rl.config import Recipe, RewardSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import Suite
-from bridge_rl.models import load_reward
 
 # What decides the samples of a directory: with other settings they would be others.
 SETTINGS_FILE = "evaluation.json"
@@ -60,11 +60,11 @@ def first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def digest_of_reward(section: RewardSection) -> str:
-    """Of the file that judges and its fixed arguments: an edited one would judge otherwise."""
-    source = inspect.getsourcefile(inspect.unwrap(load_reward(section, 0)))
+def digest_of_reward(function: Callable[..., Any], kwargs: dict[str, Any]) -> str:
+    """Of the file of a loaded reward and its fixed arguments: an edited one would judge otherwise."""
+    source = inspect.getsourcefile(inspect.unwrap(function))
     content = Path(source).read_bytes() if source else b""
-    return digest([hashlib.sha256(content).hexdigest(), section.kwargs])
+    return digest([hashlib.sha256(content).hexdigest(), kwargs])
 
 
 def digest(content: Any) -> str:
