@@ -438,7 +438,7 @@ def _known_keys(sections: list[str], kind: type) -> list[str]:
     schema = TypeAdapter(kind).json_schema()
     node = schema
     for section in sections:
-        named = node.get("properties", {}).get(section) or node.get("additionalProperties")
+        named = node.get("properties", {}).get(section) or node.get("additionalProperties", {})
         node = node["items"] if section.isdigit() else named
         for option in node.get("anyOf", []):
             node = option if "$ref" in option or option.get("type") == "array" else node

@@ -27,6 +27,7 @@ from bridge_rl.study.cells import (
     test_cells,
 )
 from bridge_rl.study.config import Study, load_study
+from bridge_rl.study.report import write_study_report
 from bridge_rl.study.results import read_cell
 
 POLL_SECONDS = 0.2
@@ -75,6 +76,8 @@ def study(args: argparse.Namespace) -> None:
             for cell in test:
                 if not plan.ready(cell):
                     print(f"left out, for want of a learning rate: {cell.place}", flush=True)
+    for path in write_study_report(plan.study, plan.results, plan.path.parent / "report"):
+        print(path)
     if failed:
         print(f"{len(failed)} cell(s) failed: {', '.join(cell.place for cell in failed)}", file=sys.stderr, flush=True)
         sys.exit(1)
