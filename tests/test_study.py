@@ -33,8 +33,8 @@ from bridge_rl.study.cells import (
     recipe_of,
     result_path,
     search_cells,
+    seed_cells,
 )
-from bridge_rl.study.cells import test_cells as cells_of
 from bridge_rl.study.compare import Setting, compare, read_task, relative_gain, verdicts
 from bridge_rl.study.config import load_study
 from bridge_rl.study.report import write_study_report
@@ -202,7 +202,7 @@ RIGHT = {
 
 
 def write_made_up(study, results: Path, tmp_path: Path, shuffled=((1, 2), (2, 2), (1, 2)), left_out=()) -> None:
-    for cell in cells_of(study, results):
+    for cell in seed_cells(study, results):
         if (cell.arm, cell.seed) in left_out:
             continue
         right = RIGHT[cell.arm][cell.seed]
@@ -235,7 +235,7 @@ def test_the_learning_rate_with_the_best_validation_accuracy_is_taken_once_all_w
         write_cell(make_result(study, cell, {("model", 4): [right, 1]}, tmp_path), result_path(results, cell))
     assert chosen_rate(study, "tiny", "rlvr", results) == 2e-4
     assert chosen_rate(study, "tiny", "bridge", results) is None
-    assert {c.arm: c.learning_rate for c in cells_of(study, results)} == {
+    assert {c.arm: c.learning_rate for c in seed_cells(study, results)} == {
         "base": None, "rlvr": 2e-4, "pmatch": None, "bridge": None,
     }  # fmt: skip
 
@@ -343,7 +343,7 @@ def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_wha
     task = read_task(study, "tiny", tmp_path / "results")
     assert compare(task, Setting("bridge", 4), Setting("pmatch", 4)).seeds == [0, 2]
     assert relative_gain(task, 4).seeds == [0]
-    assert all("so far: 1 of 3 seeds" in sentence for sentence in verdicts(task))
+    assert all("Incomplete: 1 of 3 seeds" in sentence for sentence in verdicts(task))
     write_study_report(study, tmp_path / "results", tmp_path / "report")
     text = (tmp_path / "report" / "table.md").read_text()
     assert "10 of 12 cells are done" in text
@@ -405,7 +405,7 @@ def test_a_signal_ends_what_is_running(study, tmp_path, monkeypatch):
     plan = command.Plan(tmp_path / "study.yaml", study, tmp_path / "results", tmp_path / "runs", [])
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Stopped, match="SIGTERM"):
-        command.run_cells(plan, cells_of(study, plan.results), jobs=2)
+        command.run_cells(plan, seed_cells(study, plan.results), jobs=2)
     assert len(started) == 2
     assert all(process.returncode == -signal.SIGTERM for process in started)
 

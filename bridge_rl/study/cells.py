@@ -66,7 +66,7 @@ def search_cells(study: Study) -> list[Cell]:
     ]
 
 
-def test_cells(study: Study, results: Path) -> list[Cell]:
+def seed_cells(study: Study, results: Path) -> list[Cell]:
     """Seed by seed, so that arms can be compared before all is done."""
     return [
         Cell(task, arm, seed, chosen_rate(study, task, arm, results))
@@ -88,7 +88,7 @@ def check_named(study: Study, only: Sequence[str]) -> None:
                 raise UserError(f"--only {name}: there is no '{part}'{nearest(part, known)}")
 
 
-def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+def named_cells(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     """The cells that one of `only` names, and the search that they need; all where `only` is empty."""
     return [cell for cell in cells if not only or any(matches(cell, name.split("/")) for name in only)]
 

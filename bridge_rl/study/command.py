@@ -17,14 +17,14 @@ from bridge_rl.errors import STOPPED_CODE, Stopped, UserError
 from bridge_rl.study.cells import (
     Cell,
     check_named,
-    chosen,
     is_done,
     is_trained,
+    named_cells,
     rate_name,
     recipe_of,
     result_path,
     search_cells,
-    test_cells,
+    seed_cells,
 )
 from bridge_rl.study.config import Study, load_study
 from bridge_rl.study.report import write_study_report
@@ -44,10 +44,10 @@ class Plan:
     only: Sequence[str]
 
     def search(self) -> list[Cell]:
-        return chosen(search_cells(self.study), self.only)
+        return named_cells(search_cells(self.study), self.only)
 
     def test(self) -> list[Cell]:
-        return chosen(test_cells(self.study, self.results), self.only)
+        return named_cells(seed_cells(self.study, self.results), self.only)
 
     def done(self, cell: Cell) -> bool:
         return is_done(self.study, cell, self.results, self.runs)
@@ -86,7 +86,7 @@ def study(args: argparse.Namespace) -> None:
 def check_names(plan: Plan) -> None:
     """Raise UserError for a cell that there is not, or a study that leaves the width of training out."""
     check_named(plan.study, plan.only)
-    for cell in test_cells(plan.study, plan.results):
+    for cell in seed_cells(plan.study, plan.results):
         width = recipe_of(plan.study, cell, plan.runs).rollout.width
         if width not in plan.study.widths:
             raise UserError(f"{plan.path}: widths is {plan.study.widths}: {cell.task} is trained at {width}, add it.")
@@ -195,6 +195,7 @@ def rate_of(plan: Plan, cell: Cell) -> str:
 
 
 def expected_seconds(cell: Cell, seconds: dict[Cell, float]) -> float | None:
-    """The mean of finished cells of the same task, arm and kind."""
-    alike = [s for c, s in seconds.items() if (c.task, c.arm, c.search) == (cell.task, cell.arm, cell.search)]
+    """The mean of finished cells of the same task and arm, of the search or not, as this one is, if there are any."""
+    own = {other: time for other, time in seconds.items() if (other.task, other.arm) == (cell.task, cell.arm)}
+    alike = [time for other, time in own.items() if other.search == cell.search] or list(own.values())
     return sum(alike) / len(alike) if alike else None

@@ -10,7 +10,7 @@ import numpy as np
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import Estimate
 from bridge_rl.report.labels import estimate
-from bridge_rl.study.cells import result_path, search_cells, test_cells
+from bridge_rl.study.cells import result_path, search_cells, seed_cells
 from bridge_rl.study.config import Study
 from bridge_rl.study.results import CellResult, read_cell
 from bridge_rl.study.statistics import Array, over_seeds, over_seeds_and_problems, ratio
@@ -94,7 +94,7 @@ def read_task(study: Study, task: str, results: Path) -> TaskCells:
     cells: dict[str, dict[int, CellResult]] = {arm: {} for arm in study.arms}
     search: dict[str, dict[float, CellResult]] = {arm: {} for arm in study.arms}
     digests: dict[bool, str] = {}
-    for cell in [*search_cells(study), *test_cells(study, results)]:
+    for cell in [*search_cells(study), *seed_cells(study, results)]:
         path = result_path(results, cell)
         if cell.task != task or not path.is_file():
             continue
@@ -165,7 +165,7 @@ def verdicts(task: TaskCells) -> list[str]:
     found = relative_gain(task, task.width) if task.cells[task.study.headline] else None
     if found is None:
         return ["Not known yet: no seed is there of the headline arm, the base and a control."]
-    so_far = "" if not task.missing() else f" (so far: {len(found.seeds)} of {len(task.study.seeds)} seeds)"
+    so_far = "" if not task.missing() else f" Incomplete: {len(found.seeds)} of {len(task.study.seeds)} seeds."
     return [gain_verdict(task, found) + so_far, shuffled_verdict(task, found) + so_far]
 
 
