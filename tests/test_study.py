@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +21,16 @@ from bridge_rl.cli import main
 from bridge_rl.config import load_recipe
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.results import Estimate, Summary
+from bridge_rl.report import names
+from bridge_rl.run import save_recipe
 from bridge_rl.study import command
+from bridge_rl.study.cell import alone_in, thinned, train_cell, training_seconds
 from bridge_rl.study.cells import (
     Cell,
     chosen_rate,
     difference,
     is_done,
+    is_trained,
     overrides_of,
     rate_name,
     recipe_of,
@@ -391,6 +394,41 @@ def test_results_of_different_problems_are_not_put_together(study, tmp_path):
         read_task(study, "tiny", results)
 
 
+# -- a cell -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_another_recipe_is_not_evaluated(study, tmp_path):
+    cell, directory = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "tiny" / "bridge" / "seed_0"
+    recipe = recipe_of(study, cell, tmp_path)
+    save_recipe(recipe, directory)
+    assert not is_trained(directory)
+    (directory / "history.jsonl").write_text("")
+    train_cell(recipe, directory)  # it is there: returns at once
+    with pytest.raises(UserError, match=r"trained with another training\.learning_rate"):
+        train_cell(recipe_of(study, replace(cell, learning_rate=2e-4), tmp_path), directory)
+
+
+def test_seconds_and_rewards_are_those_of_the_log(tmp_path):
+    entries = [
+        {"step": s, names.STEP_SECONDS: t, "reward": r} for s, t, r in ((10, 1, 0.1), (20, 2, 0.2), (25, 4, 0.3))
+    ]
+    lines = [*entries, {"step": 25, "train_runtime": 99.0}]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert training_seconds(tmp_path) == {"warm_up": None, "training": 10 + 20 + 20, "step": 2.0}
+    assert thinned(lines) == {"step": [10, 20, 25], "reward": [0.1, 0.2, 0.3]}
+    many = thinned([{"step": step, "reward": float(step)} for step in range(1, 121)])
+    assert many["step"] == list(range(3, 121, 3))
+    assert many["reward"][:2] == [2.0, 5.0]
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path):
+    with alone_in(tmp_path), pytest.raises(UserError, match="Another process works in"):
+        with alone_in(tmp_path):
+            pass
+    with alone_in(tmp_path):
+        pass
+
+
 # -- the runner -------------------------------------------------------------------------------------------------------
 
 
@@ -437,15 +475,15 @@ def test_a_study_with_a_killed_cell_goes_on_and_ends_with_the_same_results(tmp_p
     done = {str(file.relative_to(results)): file.stat().st_mtime_ns for file in sorted(results.glob("*/*.json"))}
     assert list(done) == ["bridge/seed_1.json", "rlvr/seed_0.json", "rlvr/seed_1.json"]
 
-    again = run_study(path, *options)
+    again, alone = run_study(path, *options), run_study(undisturbed, "--only", "tiny/bridge/0")
     said, _ = again.communicate()
+    alone.communicate()
     assert again.returncode == 0, said
     assert said.count("begins:") == 1  # what was done is not done again
     assert {name: (results / name).stat().st_mtime_ns for name in done} == done
     assert "going on from" in (path.parent / "runs" / "tiny" / "bridge" / "seed_0" / "log.txt").read_text()
     assert "4 of 8 cells are done" in (path.parent / "report" / "table.md").read_text()
 
-    run_study(undisturbed, "--only", "tiny/bridge/0").communicate()
     ours, theirs = (
         read_cell(file.parent / "results" / "tiny" / "bridge" / "seed_0.json") for file in (path, undisturbed)
     )
@@ -455,4 +493,3 @@ def test_a_study_with_a_killed_cell_goes_on_and_ends_with_the_same_results(tmp_p
     for width in (1, 4):
         right = np.array(ours.right(width))  # [groups, problems]
         assert right.mean() / width == pytest.approx(ours.metric("pass@1", width).value)
-    shutil.rmtree(path.parent / "runs")

@@ -36,7 +36,7 @@ from bridge_rl.plan import check, describe
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
-from bridge_rl.run import train, warm_up
+from bridge_rl.run import train, warm_up, warmup_directory
 from bridge_rl.study.cells import (
     Cell,
     check_trained,
@@ -115,7 +115,7 @@ def train_cell(recipe: Recipe, directory: Path) -> None:
     with (directory / STARTS).open("a") as file:
         file.write(json.dumps(machine()) + "\n")
     print(describe(recipe, check(recipe)), flush=True)
-    if recipe.warmup is not None and not (directory / WARM_UP).is_file():
+    if recipe.warmup is not None and not warmup_directory(recipe).is_dir():  # a part of one is not worth timing
         start = time.perf_counter()
         warm_up(recipe)
         (directory / WARM_UP).write_text(json.dumps(time.perf_counter() - start))
