@@ -1,4 +1,4 @@
-"""`bridge-rl`: train | warmup | eval | report | generate | serve | lm-eval | demo | doctor."""
+"""`bridge-rl`: train | warmup | eval | report | study | generate | serve | lm-eval | demo | doctor."""
 
 import argparse
 import os
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo = commands.add_parser("demo", help="warm-up, RLVR and evaluation of the embedded model")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
     add_report_arguments(commands.add_parser("report", help="page, plots and tables of evaluations; W&B dashboards"))
+    add_study_arguments(commands.add_parser("study", help="arms x seeds x tasks, each trained and evaluated; a report"))
     commands.add_parser("lm-eval", help="lm-evaluation-harness's own command line, with the model `bridge`")
     commands.add_parser("doctor", help="what is installed and what this machine can do")
     args, rest = parser.parse_known_args(argv)
@@ -61,6 +62,10 @@ def dispatch(args: argparse.Namespace) -> None:
         from bridge_rl.report.command import report
 
         report(args)
+    elif args.command == "study":
+        from bridge_rl.study.command import study
+
+        study(args)
     elif args.command == "serve":
         from bridge_rl.serve import serve
 
@@ -115,6 +120,17 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--entity", default=None, help="whose W&B project; default: the key's")
     parser.add_argument("--widths", default="1,2,4,8", help="of the evaluations in the W&B dashboard")
     parser.add_argument("--dry-run", action="store_true", help="write the W&B dashboard to a file, send nothing")
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, help="YAML study; results and report are written beside it")
+    only = "of a study, one or several of TASK, TASK/ARM, TASK/ARM/SEED"
+    parser.add_argument("--only", action="append", default=[], metavar="CELLS", help=only)
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    parser.add_argument("--runs", type=Path, default=None, help="where cells work; default: runs/NAME of its directory")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and the time left")
+    parser.add_argument("--search-only", action="store_true", help="only choose the learning rates")
+    parser.add_argument("--report", action="store_true", help="only write the report again")
 
 
 def parse_numbers(flag: str, text: str, example: str) -> list[int]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -340,29 +340,38 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError naming the file and the key.
     """
     path = Path(path)
-    content = _read_yaml(path)
+    content = read_yaml(path)
     for override in overrides:
         _apply(content, override)
+    return validate(Recipe, content, path)
+
+
+T = TypeVar("T")
+
+
+def validate(kind: type[T], content: dict[str, Any], path: Path) -> T:
+    """`content`, which was read from `path`, as the dataclass `kind`. Raises UserError for the first thing wrong."""
     try:
-        return TypeAdapter(Recipe).validate_python(content)
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         # An unknown key first: it is often why another one is missing.
         first = min(error.errors(), key=lambda found: found["type"] not in UNKNOWN_KEY)
-        raise UserError(f"{path}: {_sentence(first)}") from error
+        raise UserError(f"{path}: {_sentence(first, kind)}") from error
 
 
-def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe", extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, laid over the one that it extends. `what`: how errors call such a file."""
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], 1)
         place = f" (which {extended_by[-1]} extends)" if extended_by else ""
         cure = f": did you mean {path.parent / near[0]}.yaml?" if near else "."
-        raise UserError(f"There is no recipe {path}{place}{cure}")
+        raise UserError(f"There is no {what} {path}{place}{cure}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is empty or no mapping: a recipe has keys such as model, data and rewards.")
+        raise UserError(f"{path} is empty or no mapping: a {what} has keys, each with a value.")
     base = content.pop("extends", None)
     if base is None:
         return content
@@ -371,7 +380,7 @@ def _read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]
     chain = (*extended_by, path)
     if (path.parent / base).resolve() in [p.resolve() for p in chain]:
         raise UserError(f"{path}: the key 'extends' is {base!r}, and that recipe extends this one: break the circle.")
-    return _merge(_read_yaml(path.parent / base, chain), content)
+    return _merge(read_yaml(path.parent / base, what, chain), content)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -404,7 +413,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails, kind: type) -> str:
     """One sentence for the first thing pydantic found wrong."""
     # Tags such as "function-after[...]" or a dataclass name come between a union and its members.
     keys = [str(part) for part in error["loc"] if not str(part)[:1].isupper() and "[" not in str(part)]
@@ -412,7 +421,7 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] in UNKNOWN_KEY:
-        return f"unknown key '{key}'{nearest(keys[-1], _known_keys(keys[:-1]))}"
+        return f"unknown key '{key}'{nearest(keys[-1], _known_keys(keys[:-1], kind))}"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key '{key}' is missing."
     return f"the key '{key}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
@@ -424,12 +433,13 @@ def nearest(key: str, known: Sequence[str]) -> str:
     return f": did you mean '{near[0]}'?" if near else f": known are {', '.join(known)}."
 
 
-def _known_keys(sections: list[str]) -> list[str]:
+def _known_keys(sections: list[str], kind: type) -> list[str]:
     """Keys of the (nested) section, from the schema."""
-    schema = TypeAdapter(Recipe).json_schema()
+    schema = TypeAdapter(kind).json_schema()
     node = schema
     for section in sections:
-        node = node["items"] if section.isdigit() else node["properties"][section]
+        named = node.get("properties", {}).get(section) or node.get("additionalProperties", {})
+        node = node["items"] if section.isdigit() else named
         for option in node.get("anyOf", []):
             node = option if "$ref" in option or option.get("type") == "array" else node
         if "$ref" in node:

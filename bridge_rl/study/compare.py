@@ -1,0 +1,210 @@
+"""What the cells of one task say together: means over seeds, paired differences, relative gain, and the bars."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.results import Estimate
+from bridge_rl.report.labels import estimate
+from bridge_rl.study.cells import result_path, search_cells, seed_cells
+from bridge_rl.study.config import Study
+from bridge_rl.study.results import CellResult, read_cell
+from bridge_rl.study.statistics import Array, over_seeds, over_seeds_and_problems, ratio
+
+PAPERS_GAIN = 1.39  # of the paper's 7B model over its next best arm
+
+
+class Setting(NamedTuple):
+    """An arm as it was sampled."""
+
+    arm: str
+    width: int
+    condition: str = "model"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First minus second on the seeds that both have. over_seeds is the headline; over_both: see `statistics`."""
+
+    first: Setting
+    second: Setting
+    metric: str
+    seeds: list[int]
+    over_seeds: Estimate
+    over_both: Estimate | None
+
+    @property
+    def above_zero(self) -> bool | None:
+        """Whether the interval over seeds is; None without one."""
+        return None if self.over_seeds.low is None else self.over_seeds.low > 0
+
+
+@dataclass(frozen=True)
+class RelativeGain:
+    """The headline arm's gain in pass@1 over the base, over that of the next best arm; Fieller's interval."""
+
+    width: int
+    next_best: str
+    seeds: list[int]
+    gain: Estimate
+    next_gain: Estimate
+    relative: Estimate
+
+
+@dataclass(frozen=True)
+class TaskCells:
+    """The finished cells of a task. cells: arm -> seed -> result. search: arm -> learning rate -> result."""
+
+    study: Study
+    task: str
+    cells: dict[str, dict[int, CellResult]]
+    search: dict[str, dict[float, CellResult]]
+
+    @property
+    def width(self) -> int:
+        """Of training."""
+        return next(result.trained_width for own in self.cells.values() for result in own.values())
+
+    def values(self, setting: Setting, metric: str) -> dict[int, float]:
+        """By seed; of those that were sampled so."""
+        found = {s: r.find(metric, setting.width, setting.condition) for s, r in self.cells[setting.arm].items()}
+        return {seed: value.value for seed, value in sorted(found.items()) if value is not None}
+
+    def mean(self, setting: Setting, metric: str) -> Estimate | None:
+        """Over the seeds that there are."""
+        values = list(self.values(setting, metric).values())
+        return over_seeds(values) if values else None
+
+    def missing(self) -> dict[str, list[int]]:
+        """Seeds that were planned and are not there, by arm."""
+        left = {arm: [seed for seed in self.study.seeds if seed not in own] for arm, own in self.cells.items()}
+        return {arm: seeds for arm, seeds in left.items() if seeds}
+
+    def controls(self) -> list[str]:
+        """Control arms that have results."""
+        return [arm for arm, own in self.cells.items() if self.study.arms[arm].role == "control" and own]
+
+
+def read_task(study: Study, task: str, results: Path) -> TaskCells:
+    """Raises UserError where results are of different problems."""
+    cells: dict[str, dict[int, CellResult]] = {arm: {} for arm in study.arms}
+    search: dict[str, dict[float, CellResult]] = {arm: {} for arm in study.arms}
+    digests: dict[bool, str] = {}
+    for cell in [*search_cells(study), *seed_cells(study, results)]:
+        path = result_path(results, cell)
+        if cell.task != task or not path.is_file():
+            continue
+        result = read_cell(path)
+        if digests.setdefault(cell.search, result.problems) != result.problems:
+            raise UserError(f"{path} was evaluated on other problems than the results beside it: delete one or other.")
+        if cell.search:
+            assert cell.learning_rate is not None
+            search[cell.arm][cell.learning_rate] = result
+        else:
+            cells[cell.arm][cell.seed] = result
+    return TaskCells(study, task, cells, search)
+
+
+# -- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def compare(task: TaskCells, first: Setting, second: Setting, metric: str = "pass@1") -> Difference | None:
+    """None where no seed has both."""
+    ours, theirs = task.values(first, metric), task.values(second, metric)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    by_problem = [problem_values(task.cells[s.arm], seeds, s, metric) for s in (first, second)]
+    both = None
+    if by_problem[0] is not None and by_problem[1] is not None and len(seeds) > 1:
+        both = over_seeds_and_problems(by_problem[0] - by_problem[1])
+    return Difference(first, second, metric, seeds, over_seeds([ours[seed] - theirs[seed] for seed in seeds]), both)
+
+
+def problem_values(results: dict[int, CellResult], seeds: Sequence[int], setting: Setting, metric: str) -> Array | None:
+    """[seeds, problems] of what counts of right rows tell: pass@1, any, all. None for other metrics."""
+    rows = []
+    for seed in seeds:
+        right = results[seed].right(setting.width, setting.condition)
+        if right is None or metric not in ("pass@1", "any", "all"):
+            return None
+        counts = np.array(right)  # [groups, problems]
+        of_group = {"pass@1": counts / setting.width, "any": counts > 0, "all": counts == setting.width}[metric]
+        rows.append(of_group.mean(axis=0))
+    return np.array(rows, dtype=np.float64)
+
+
+def next_best(task: TaskCells, width: int, seeds: Sequence[int]) -> str:
+    """The control arm with the best mean pass@1 over `seeds`."""
+    values = {arm: task.values(Setting(arm, width), "pass@1") for arm in task.controls()}
+    return max(values, key=lambda arm: float(np.mean([values[arm][seed] for seed in seeds])))
+
+
+def relative_gain(task: TaskCells, width: int) -> RelativeGain | None:
+    """On the seeds that the headline arm, the base and every control that has any have; None where there are none."""
+    headline, base = task.study.headline, task.study.base
+    arms = [headline, base, *task.controls()]
+    values = {arm: task.values(Setting(arm, width), "pass@1") for arm in arms}
+    seeds = sorted(set.intersection(*(set(of_arm) for of_arm in values.values())))
+    if not seeds or not task.controls():
+        return None
+    best = next_best(task, width, seeds)
+    gain, next_gain = ([values[arm][seed] - values[base][seed] for seed in seeds] for arm in (headline, best))
+    return RelativeGain(width, best, seeds, over_seeds(gain), over_seeds(next_gain), ratio(gain, next_gain))
+
+
+# -- the bars ---------------------------------------------------------------------------------------------------------
+
+
+def verdicts(task: TaskCells) -> list[str]:
+    """A sentence for each bar of the study, computed from what is there."""
+    found = relative_gain(task, task.width) if task.cells[task.study.headline] else None
+    if found is None:
+        return ["Not known yet: no seed is there of the headline arm, the base and a control."]
+    so_far = "" if not task.missing() else f" Incomplete: {len(found.seeds)} of {len(task.study.seeds)} seeds."
+    return [gain_verdict(task, found) + so_far, shuffled_verdict(task, found) + so_far]
+
+
+def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
+    study = task.study
+    difference = compare(task, Setting(study.headline, found.width), Setting(found.next_best, found.width))
+    assert difference is not None  # both have the seeds of `found`
+    names = f"{study.label(study.headline)} over {study.label(found.next_best)}, the next best"
+    answer = yes_no(difference.above_zero and found.relative.value >= PAPERS_GAIN, difference.above_zero)
+    return (
+        f"Relative gain at least {PAPERS_GAIN}, with the interval of the paired difference above 0: **{answer}**. "
+        f"{names}, at width {found.width}: relative gain {relative_text(found)}, "
+        f"paired difference {estimate(difference.over_seeds)}."
+    )
+
+
+def shuffled_verdict(task: TaskCells, found: RelativeGain) -> str:
+    """The benefit is lost where own siblings do better than shuffled ones, and with shuffled ones the arm is not shown
+    to be ahead of the next best one any more."""
+    study, width = task.study, found.width
+    own, shuffled = Setting(study.headline, width), Setting(study.headline, width, "shuffled")
+    lost, left = compare(task, own, shuffled), compare(task, shuffled, Setting(found.next_best, width))
+    if lost is None or left is None:
+        return "Shuffled siblings lose the benefit: **not known**, they were not sampled."
+    answer = yes_no(lost.above_zero and not left.above_zero, lost.above_zero)
+    return (
+        f"Shuffled siblings lose the benefit: **{answer}**. Own minus shuffled siblings at width {width}: "
+        f"{estimate(lost.over_seeds)}; shuffled minus {study.label(found.next_best)}: {estimate(left.over_seeds)}."
+    )
+
+
+def relative_text(found: RelativeGain) -> str:
+    if found.relative.low is None and len(found.seeds) > 1:
+        return f"{estimate(found.relative)} (its interval has no end: the gain of the next best is not away from 0)"
+    return estimate(found.relative)
+
+
+def yes_no(holds: bool | None, known: bool | None) -> str:
+    """`known` is None where there is no interval."""
+    if known is None:
+        return "not known"
+    return "yes" if holds else "no"

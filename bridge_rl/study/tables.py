@@ -1,0 +1,137 @@
+"""The tables of a study's report, each of one task."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from bridge_rl.evaluation.results import Estimate
+from bridge_rl.report.labels import METRICS, estimate, number, shorter
+from bridge_rl.report.tables import Table
+from bridge_rl.study.cells import rate_name
+from bridge_rl.study.compare import Difference, Setting, TaskCells, compare, relative_gain, relative_text
+
+SETS = ("all", "any", "maj")  # beside pass@1, at the width of training
+
+
+def arms_with_results(task: TaskCells) -> list[str]:
+    return [arm for arm, own in task.cells.items() if own]
+
+
+def cell_text(value: Estimate | None) -> str:
+    return "-" if value is None else shorter(value)
+
+
+def main_table(task: TaskCells) -> Table:
+    """Mean over each arm's own seeds."""
+    study, width = task.study, task.width
+    header = ["arm", "learning rate", "seeds", *(f"pass@1, w = {w}" for w in study.widths)]
+    header += [f"all {width} of {width} right", f"any of {width} right (coverage)", f"vote of {width}"]
+    rows = []
+    for arm in arms_with_results(task):
+        values = [task.mean(Setting(arm, w), "pass@1") for w in study.widths]
+        values += [task.mean(Setting(arm, width), metric) for metric in SETS]
+        rows.append([study.label(arm), rates(task, arm), str(len(task.cells[arm])), *map(cell_text, values)])
+    note = "Mean over seeds and 95 % interval of Student's t over seeds (trainings; each answers the same problems)."
+    if len({len(own) for own in task.cells.values()}) > 1:
+        note += " Arms have unequal numbers of seeds here, so compare them in the next table, which is paired."
+    return Table("Accuracy", header, rows, note=note)
+
+
+def difference_table(task: TaskCells) -> Table:
+    """The headline arm minus each other one at the width of training."""
+    study, width = task.study, task.width
+    header = ["minus", "metric", "difference", "over seeds and problems", "seeds"]
+    rows = [
+        [study.label(found.second.arm), METRICS[found.metric], *difference_texts(found)]
+        for found in differences(task)
+        if found is not None
+    ]
+    gain = relative_gain(task, width) if task.cells[study.headline] else None
+    note = (
+        "Paired by seed, on the seeds that both have; the interval that counts is that over seeds (Student's t). The "
+        "other one is a two-way bootstrap over seeds and problems, too narrow for few seeds."
+    )
+    if gain is not None:
+        note += (
+            f" Gain over the base: {estimate(gain.gain)}, of the next best arm ({study.label(gain.next_best)}, by its "
+            f"mean) {estimate(gain.next_gain)}; relative gain {relative_text(gain)}, with Fieller's interval "
+            f"(paired seeds: {len(gain.seeds)})."
+        )
+    return Table(f"{study.label(study.headline)} minus each arm at width {width}", header, rows, 2, note)
+
+
+def rates(task: TaskCells, arm: str) -> str:
+    """The learning rate of its cells; of the base a dash."""
+    found = {result.learning_rate for result in task.cells[arm].values()}
+    return ", ".join(rate_name(rate) for rate in sorted(rate for rate in found if rate is not None)) or "-"
+
+
+def differences(task: TaskCells) -> list[Difference | None]:
+    headline, width = task.study.headline, task.width
+    others = [arm for arm in arms_with_results(task) if arm != headline]
+    pairs = [(arm, metric) for arm in others for metric in ("pass@1", *SETS)]
+    return [compare(task, Setting(headline, width), Setting(arm, width), metric) for arm, metric in pairs]
+
+
+def difference_texts(found: Difference) -> list[str]:
+    return [cell_text(found.over_seeds), cell_text(found.over_both), str(len(found.seeds))]
+
+
+def sibling_differences(task: TaskCells) -> list[Difference]:
+    """Of every arm with a Bridge, at each width above 1: against shuffled siblings, disabled, and alone."""
+    found = []
+    for arm in [arm for arm in arms_with_results(task) if task.study.arms[arm].role == "bridge"]:
+        for width in [width for width in task.study.widths if width > 1]:
+            own = Setting(arm, width)
+            others = (Setting(arm, width, "shuffled"), Setting(arm, width, "disabled"), Setting(arm, 1))
+            found += [compare(task, own, other) for other in others]
+    return [difference for difference in found if difference is not None]
+
+
+def sibling_table(task: TaskCells) -> Table:
+    words = {"shuffled": "shuffled siblings", "disabled": "Bridge disabled", "model": "width 1"}
+    header = ["arm", "width", "minus", "difference", "over seeds and problems", "seeds"]
+    rows = [
+        [task.study.label(d.first.arm), str(d.first.width), words[d.second.condition], *difference_texts(d)]
+        for d in sibling_differences(task)
+    ]
+    return Table("The same checkpoint with its own siblings, minus without them (pass@1)", header, rows, 3)
+
+
+def cost_table(task: TaskCells) -> Table:
+    header = ["arm", "step, s", "warm-up, s", "training, min", "evaluation, min", "tokens a completion"]
+    rows = []
+    for arm in arms_with_results(task):
+        own = list(task.cells[arm].values())
+        seconds = [mean_of(result.seconds.step for result in own), mean_of(result.seconds.warm_up for result in own)]
+        minutes = [mean_of(result.seconds.training for result in own), mean_of(r.seconds.evaluation for r in own)]
+        length = task.mean(Setting(arm, task.width), "length")
+        times = [*seconds, *(None if value is None else value / 60 for value in minutes)]
+        texts = ["-" if value is None else number(value) for value in times]
+        rows.append([task.study.label(arm), *texts, "-" if length is None else number(length.value)])
+    note = (
+        "Means over seeds of what was timed, whatever else the machine did. Arms with a Bridge are evaluated at every "
+        "width and under every control, others once for all widths."
+    )
+    return Table("Cost of a cell", header, rows, note=note)
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def search_tables(task: TaskCells) -> list[Table]:
+    """One, or none where nothing was searched."""
+    rows = []
+    for arm, tried in task.search.items():
+        grid = task.study.arms[arm].learning_rates
+        values = {rate: result.metric("pass@1") for rate, result in sorted(tried.items())}
+        best = max(grid, key=lambda rate: values[rate].value) if len(values) == len(grid) and grid else None
+        for rate, value in values.items():
+            rows.append([task.study.label(arm), rate_name(rate), cell_text(value), "chosen" if rate == best else ""])
+    note = (
+        f"Seed {task.study.search_seed}, pass@1 on the validation problems at the width of training, interval over "
+        "problems; the best mean is chosen. One training each: a lead within the spread of seeds is chance."
+    )
+    return [Table("Learning rates tried", ["arm", "learning rate", "pass@1", ""], rows, note=note)] if rows else []

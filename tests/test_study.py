@@ -1,0 +1,495 @@
+"""A study's runner, its results, and what its report makes of them."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from scipy import stats
+
+from bridge_rl.cli import main
+from bridge_rl.config import load_recipe
+from bridge_rl.errors import Stopped, UserError
+from bridge_rl.evaluation.results import Estimate, Summary
+from bridge_rl.report import names
+from bridge_rl.run import save_recipe
+from bridge_rl.study import command
+from bridge_rl.study.cell import alone_in, thinned, train_cell, training_seconds
+from bridge_rl.study.cells import (
+    Cell,
+    chosen_rate,
+    difference,
+    is_done,
+    is_trained,
+    overrides_of,
+    rate_name,
+    recipe_of,
+    result_path,
+    search_cells,
+    seed_cells,
+)
+from bridge_rl.study.compare import Setting, compare, read_task, relative_gain, verdicts
+from bridge_rl.study.config import load_study
+from bridge_rl.study.report import write_study_report
+from bridge_rl.study.results import CellResult, Counts, Seconds, read_cell, write_cell
+from bridge_rl.study.statistics import over_seeds, over_seeds_and_problems, ratio
+
+SOURCE = {"path": "bridge_rl.tiny.task:dataset", "check_answers": False}
+SMALL = [
+    "training.max_steps=4",
+    "training.per_device_train_batch_size=16",
+    "training.logging_steps=1",
+    "warmup.problems=32",
+    "warmup.steps=2",
+    "warmup.groups_per_step=4",
+]
+STUDY = {
+    "tasks": {
+        "tiny": {
+            "recipe": "recipes/tiny_arith.yaml",
+            "validation": {**SOURCE, "kwargs": {"seed": 12, "size": 16}},
+            "test": {**SOURCE, "kwargs": {"seed": 11, "size": 16}},
+            "overrides": SMALL,
+        }
+    },
+    "arms": {
+        "base": {"role": "base"},
+        "rlvr": {"role": "control", "overrides": ["bridge=null"], "learning_rates": [1e-4]},
+        "pmatch": {"role": "control", "overrides": ["bridge.kind=pmatch"], "learning_rates": [1e-4]},
+        "bridge": {"role": "bridge", "learning_rates": [1e-4]},
+    },
+    "headline": "bridge",
+    "seeds": [0, 1, 2],
+    "search_seed": 100,
+    "widths": [1, 4],
+    "samples": 4,
+    "overrides": ["training.save_strategy=steps", "training.save_steps=1"],
+}
+
+
+def write_study(directory: Path, **changes) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "study.yaml"
+    path.write_text(yaml.dump({**STUDY, **changes}, sort_keys=False))
+    return path
+
+
+def with_grids(*grids: list[float]) -> dict:
+    """The arms with other learning rates each."""
+    trained = [name for name in STUDY["arms"] if name != "base"]
+    changed = {name: {**STUDY["arms"][name], "learning_rates": grid} for name, grid in zip(trained, grids, strict=True)}
+    return {**STUDY["arms"], **changed}
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seed": [1]}, "unknown key 'seed': did you mean 'seeds'?"),
+        ({"arms": {**STUDY["arms"], "x": {"role": "control", "learning_rate": 1}}}, "did you mean 'learning_rates'?"),
+        ({"arms": {**STUDY["arms"], "x": {"role": "other"}}}, "the key 'arms.x.role' is 'other'"),
+        ({"arms": {**STUDY["arms"], "x": {"role": "control"}}}, "unless its role is base"),
+        ({"arms": with_grids([1e-4], [1e-4], [1e-4, 2e-4])}, "every arm must have as many as the others"),
+        ({"headline": "rlvr"}, "name an arm whose role is bridge"),
+        ({"seeds": [0, 100]}, "none may be search_seed"),
+        ({"widths": [1, 36]}, "from 1 to 35"),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_sentence(tmp_path, changes, sentence):
+    with pytest.raises(UserError) as caught:
+        load_study(write_study(tmp_path, **changes))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"),
+    [
+        ("tinny", "did you mean 'tiny'?"),
+        ("tiny/bridges", "did you mean 'bridge'?"),
+        ("tiny/bridge/7", "there is no '7'"),
+        ("tiny/bridge/0/1", "write TASK, TASK/ARM or TASK/ARM/SEED"),
+    ],
+)
+def test_a_cell_that_there_is_not_is_refused(tmp_path, capsys, only, sentence):
+    with pytest.raises(SystemExit) as caught:
+        main(["study", str(write_study(tmp_path)), "--dry-run", "--only", only])
+    assert caught.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_study_must_be_sampled_at_the_width_of_training(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["study", str(write_study(tmp_path, widths=[1, 8])), "--dry-run"])
+    assert "tiny is trained at 4, add it" in capsys.readouterr().err
+
+
+def test_arms_of_the_small_study_are_the_recipes_beside_tiny_arith(tmp_path):
+    study = load_study(Path("studies/small/study.yaml"))
+    for arm, name in {
+        "rlvr_only": "tiny_arith_rlvr_only",
+        "pmatch": "tiny_arith_pmatch",
+        "bridge": "tiny_arith",
+    }.items():
+        cell = Cell("two_tries", arm, 3, 2e-4)
+        shipped = load_recipe(f"recipes/{name}.yaml", ["seed=3", "training.learning_rate=2e-4"])
+        assert difference(shipped, recipe_of(study, cell, tmp_path)) is None
+    assert difference(shipped, recipe_of(study, replace(cell, arm="pmatch"), tmp_path)) == "bridge.kind"
+    assert difference(shipped, recipe_of(study, replace(cell, seed=4), tmp_path)) == "seed"
+
+
+@pytest.mark.parametrize(
+    ("rate", "name"), [(5e-5, "5e-5"), (1e-4, "1e-4"), (0.001, "1e-3"), (1.5e-4, "1.5e-4"), (2, "2e0")]
+)
+def test_learning_rates_have_short_names(rate, name):
+    assert rate_name(rate) == name
+    assert float(name) == rate
+
+
+# -- made-up results --------------------------------------------------------------------------------------------------
+
+
+def make_result(study, cell: Cell, values: dict, tmp_path) -> CellResult:
+    """values: (condition, width) -> right rows of each problem, in one group."""
+    summaries, counts = [], []
+    for (condition, width), right in values.items():
+        metrics = {"pass@1": np.mean(right) / width, "all": np.mean([c == width for c in right])}
+        metrics |= {"any": np.mean([c > 0 for c in right]), "maj": 0.5, "length": 25.0}
+        estimates = {name: Estimate(float(value)) for name, value in metrics.items()}
+        summaries.append(Summary(condition, width, len(right), 1, estimates))
+        counts.append(Counts(condition, width, ["".join(map(str, right))]))
+    return CellResult(
+        task=cell.task,
+        arm=cell.arm,
+        seed=cell.seed,
+        split="validation" if cell.search else "test",
+        learning_rate=cell.learning_rate,
+        overrides=overrides_of(study, cell),
+        recipe=recipe_of(study, cell, tmp_path),
+        trained_width=4,
+        samples=study.samples,
+        problems="the same",
+        made={
+            "commit": "abc",
+            "dirty": False,
+            "cpu": "a CPU",
+            "hardware": "CPU, 1 threads",
+            "versions": {"torch": "2"},
+        },
+        trained=[],
+        seconds=Seconds(10.0, 60.0, 30.0, 0.5),
+        summaries=summaries,
+        counts=counts,
+    )
+
+
+# Right rows of 4, of two problems: pass@1 at width 4 by seed. Gains over the base (.25): bridge .25 .5 .375, mean .375;
+# pmatch .125 .25 .125, mean 1/6; rlvr 0.
+RIGHT = {
+    "base": [[1, 1], [1, 1], [1, 1]],
+    "rlvr": [[1, 1], [1, 1], [1, 1]],
+    "pmatch": [[1, 2], [2, 2], [2, 1]],
+    "bridge": [[2, 2], [3, 3], [3, 2]],
+}
+
+
+def write_made_up(study, results: Path, tmp_path: Path, shuffled=((1, 2), (2, 2), (1, 2)), left_out=()) -> None:
+    for cell in seed_cells(study, results):
+        if (cell.arm, cell.seed) in left_out:
+            continue
+        right = RIGHT[cell.arm][cell.seed]
+        values = {("model", 1): [0, 1], ("model", 4): right}
+        if cell.arm == "bridge":
+            values |= {("shuffled", 4): list(shuffled[cell.seed]), ("disabled", 4): [1, 1]}
+        write_cell(make_result(study, cell, values, tmp_path), result_path(results, cell))
+
+
+@pytest.fixture
+def study(tmp_path):
+    return load_study(write_study(tmp_path))
+
+
+def test_a_result_is_read_as_it_was_written(study, tmp_path):
+    cell = Cell("tiny", "bridge", 0, 1e-4)
+    result = make_result(study, cell, {("model", 4): [0, 3, 4], ("model", 1): [0, 1, 1]}, tmp_path)
+    result = replace(result, counts=[Counts("model", 16, ["0g", "a1"])], history={"step": [10.0], "reward": [0.5]})
+    write_cell(result, tmp_path / "a.json")
+    assert read_cell(tmp_path / "a.json") == result
+    assert result.right(16) == [[0, 16], [10, 1]]
+    assert json.loads((tmp_path / "a.json").read_text())["seconds"]["training"] == 60.0
+
+
+def test_the_learning_rate_with_the_best_validation_accuracy_is_taken_once_all_were_tried(tmp_path):
+    grid = [1e-4, 2e-4, 4e-4]
+    study, results = load_study(write_study(tmp_path, arms=with_grids(grid, grid, grid))), tmp_path / "results"
+    for right, cell in zip([1, 3, 2], [c for c in search_cells(study) if c.arm == "rlvr"], strict=True):
+        assert chosen_rate(study, "tiny", "rlvr", results) is None
+        write_cell(make_result(study, cell, {("model", 4): [right, 1]}, tmp_path), result_path(results, cell))
+    assert chosen_rate(study, "tiny", "rlvr", results) == 2e-4
+    assert chosen_rate(study, "tiny", "bridge", results) is None
+    assert {c.arm: c.learning_rate for c in seed_cells(study, results)} == {
+        "base": None, "rlvr": 2e-4, "pmatch": None, "bridge": None,
+    }  # fmt: skip
+
+
+def test_a_result_of_another_recipe_is_refused(study, tmp_path):
+    cell, results = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "results"
+    assert not is_done(study, cell, results, tmp_path)
+    write_cell(
+        make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path), result_path(results, cell)
+    )
+    assert is_done(study, cell, results, tmp_path)
+    with pytest.raises(UserError, match=r"another training\.learning_rate"):
+        is_done(study, replace(cell, learning_rate=2e-4), results, tmp_path)
+    with pytest.raises(UserError, match="another widths or samples"):
+        is_done(load_study(write_study(tmp_path, samples=8)), cell, results, tmp_path)
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_over_seeds_is_students():
+    found = over_seeds([1.0, 2.0, 3.0, 4.0, 5.0])
+    # s = sqrt(2.5), s / sqrt(5) = 0.70711, times t(4) = 2.77645
+    assert found.value == 3.0
+    assert found.low == pytest.approx(3 - 1.96325, abs=1e-4)
+    assert found.high == pytest.approx(3 + 1.96325, abs=1e-4)
+    assert over_seeds([0.5]) == Estimate(0.5)
+
+
+def test_fiellers_interval_is_every_ratio_that_the_data_do_not_exclude():
+    rng = np.random.default_rng(0)
+    second = rng.normal(0.2, 0.03, 5)
+    first = 1.4 * second + rng.normal(0, 0.02, 5)
+    found = ratio(first, second)
+    kept = []
+    for r in np.arange(1, 2, 0.001):  # the test of each ratio, one by one
+        kept += [r] if stats.ttest_1samp(first - r * second, 0).pvalue >= 0.05 else []
+    assert found.value == pytest.approx(first.mean() / second.mean())
+    assert (found.low, found.high) == pytest.approx((kept[0], kept[-1]), abs=0.002)
+    assert np.ptp(kept) > 0.1
+
+
+def test_a_ratio_to_what_may_be_nothing_has_no_interval():
+    assert ratio([0.2, 0.3, 0.1], [0.1, -0.1, 0.05]).low is None
+    assert ratio([0.2], [0.1]) == Estimate(2.0)
+
+
+def test_the_bootstrap_over_seeds_and_problems_is_that_of_plain_loops():
+    differences = np.random.default_rng(1).normal(0.1, 0.3, (5, 40)) + np.linspace(-0.1, 0.1, 5)[:, None]
+    rng, means = np.random.default_rng(2), []
+    for _ in range(4000):
+        seeds, problems = rng.integers(0, 5, 5), rng.integers(0, 40, 40)
+        means.append(np.mean([[differences[s, p] for p in problems] for s in seeds]))
+    found = over_seeds_and_problems(differences)
+    assert found.value == pytest.approx(differences.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_gains_and_differences_are_those_computed_by_hand(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    found = relative_gain(task, 4)
+    assert found.next_best == "pmatch"
+    assert found.seeds == [0, 1, 2]
+    assert found.gain.value == pytest.approx(0.375)
+    assert found.next_gain.value == pytest.approx(1 / 6)
+    assert found.relative.value == pytest.approx(2.25)
+    # By seed .125, .25, .25: mean 5/24, s = .072169, times t(2) = 4.30265 / sqrt(3)
+    against = compare(task, Setting("bridge", 4), Setting("pmatch", 4))
+    assert against.over_seeds.value == pytest.approx(5 / 24)
+    assert against.over_seeds.low == pytest.approx(5 / 24 - 4.30265 * 0.072169 / math.sqrt(3), abs=1e-5)
+    assert against.over_both.value == pytest.approx(5 / 24)
+    assert compare(task, Setting("bridge", 4), Setting("bridge", 4, "disabled")).over_seeds.value == pytest.approx(
+        0.375
+    )
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "answers"),
+    [
+        (((1, 2), (2, 2), (1, 2)), ["yes", "yes"]),  # as good as P-Match
+        (((2, 2), (3, 3), (3, 2)), ["yes", "no"]),  # as good as with own siblings
+    ],
+)
+def test_the_bars_are_computed_from_the_results(study, tmp_path, shuffled, answers):
+    write_made_up(study, tmp_path / "results", tmp_path, shuffled)
+    found = verdicts(read_task(study, "tiny", tmp_path / "results"))
+    assert [f"**{answer}**" in sentence for answer, sentence in zip(answers, found, strict=True)] == [True, True]
+
+
+def test_a_lead_that_is_not_away_from_zero_does_not_pass(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(RIGHT, "bridge", [[1, 1], [3, 3], [4, 3]])  # .0, .5, .625 over the base
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert relative_gain(task, 4).relative.value > 1.39
+    assert "**no**" in verdicts(task)[0]
+
+
+def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_what_is_missing(study, tmp_path):
+    left_out = [("pmatch", 1), ("base", 2)]
+    write_made_up(study, tmp_path / "results", tmp_path, left_out=left_out)
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert compare(task, Setting("bridge", 4), Setting("pmatch", 4)).seeds == [0, 2]
+    assert relative_gain(task, 4).seeds == [0]
+    assert all("Incomplete: 1 of 3 seeds" in sentence for sentence in verdicts(task))
+    write_study_report(study, tmp_path / "results", tmp_path / "report")
+    text = (tmp_path / "report" / "table.md").read_text()
+    assert "10 of 12 cells are done" in text
+    assert "these seeds are not there yet: base 2; pmatch 1" in text
+    assert "unequal numbers of seeds" in text
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["tasks"]["tiny"]["missing"] == {
+        "base": [2],
+        "pmatch": [1],
+    }
+
+
+def test_the_report_shows_every_number_it_writes(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    paths = write_study_report(study, tmp_path / "results", tmp_path / "report")
+    assert [path.name for path in paths] == ["table.md", "report.json", "widths_tiny.png"]
+    text = (tmp_path / "report" / "table.md").read_text()
+    for part in (
+        "| bridge | 1e-4 | 3 |",
+        "relative gain 2.250",
+        "abc",
+        "a CPU",
+        "0.3 hours",
+        "minus each arm at width 4",
+    ):
+        assert part in text, part
+    assert "unequal" not in text
+    assert paths[2].stat().st_size > 10_000
+    again = write_study_report(study, tmp_path / "results", tmp_path / "again")
+    assert [path.read_bytes() for path in paths[:2]] == [path.read_bytes() for path in again[:2]]
+
+
+def test_a_study_without_results_has_a_report_that_says_so(study, tmp_path):
+    write_study_report(study, tmp_path / "results", tmp_path / "report")
+    text = (tmp_path / "report" / "table.md").read_text()
+    assert "0 of 12 cells are done" in text
+    assert "No cell is done yet" in text
+
+
+def test_results_of_different_problems_are_not_put_together(study, tmp_path):
+    results = tmp_path / "results"
+    write_made_up(study, results, tmp_path)
+    path = result_path(results, Cell("tiny", "bridge", 1, 1e-4))
+    write_cell(replace(read_cell(path), problems="others"), path)
+    with pytest.raises(UserError, match="on other problems"):
+        read_task(study, "tiny", results)
+
+
+# -- a cell -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_another_recipe_is_not_evaluated(study, tmp_path):
+    cell, directory = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "tiny" / "bridge" / "seed_0"
+    recipe = recipe_of(study, cell, tmp_path)
+    save_recipe(recipe, directory)
+    assert not is_trained(directory)
+    (directory / "history.jsonl").write_text("")
+    train_cell(recipe, directory)  # it is there: returns at once
+    with pytest.raises(UserError, match=r"trained with another training\.learning_rate"):
+        train_cell(recipe_of(study, replace(cell, learning_rate=2e-4), tmp_path), directory)
+
+
+def test_seconds_and_rewards_are_those_of_the_log(tmp_path):
+    entries = [
+        {"step": s, names.STEP_SECONDS: t, "reward": r} for s, t, r in ((10, 1, 0.1), (20, 2, 0.2), (25, 4, 0.3))
+    ]
+    lines = [*entries, {"step": 25, "train_runtime": 99.0}]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert training_seconds(tmp_path) == {"warm_up": None, "training": 10 + 20 + 20, "step": 2.0}
+    assert thinned(lines) == {"step": [10, 20, 25], "reward": [0.1, 0.2, 0.3]}
+    many = thinned([{"step": step, "reward": float(step)} for step in range(1, 121)])
+    assert many["step"] == list(range(3, 121, 3))
+    assert many["reward"][:2] == [2.0, 5.0]
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path):
+    with alone_in(tmp_path), pytest.raises(UserError, match="Another process works in"):
+        with alone_in(tmp_path):
+            pass
+    with alone_in(tmp_path):
+        pass
+
+
+# -- the runner -------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_what_is_running(study, tmp_path, monkeypatch):
+    started = []
+
+    def start(plan, cell):
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[-1]
+
+    monkeypatch.setattr(command, "start", start)
+    plan = command.Plan(tmp_path / "study.yaml", study, tmp_path / "results", tmp_path / "runs", [])
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped, match="SIGTERM"):
+        command.run_cells(plan, seed_cells(study, plan.results), jobs=2)
+    assert len(started) == 2
+    assert all(process.returncode == -signal.SIGTERM for process in started)
+
+
+def run_study(path: Path, *options: str) -> "subprocess.Popen[str]":
+    arguments = ["study", str(path), "--runs", str(path.parent / "runs"), *options]
+    return subprocess.Popen([sys.executable, "-m", "bridge_rl.cli", *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def kill_in_training(runner: "subprocess.Popen[str]", cell: str, directory: Path) -> None:
+    """SIGKILL to the cell's process once it has a checkpoint and before it has its model."""
+    while not (directory / "checkpoint-1").is_dir():
+        assert runner.poll() is None, "the study ended before the kill"
+        time.sleep(0.01)
+    [process] = [p for p in psutil.Process(runner.pid).children() if cell in p.cmdline()]
+    process.kill()
+    assert not (directory / "history.jsonl").exists(), "the kill came too late: it would prove little"
+
+
+@pytest.mark.slow
+def test_a_study_with_a_killed_cell_goes_on_and_ends_with_the_same_results(tmp_path):
+    options = ["--only", "tiny/rlvr", "--only", "tiny/bridge", "--jobs", "2"]
+    path, undisturbed = (write_study(tmp_path / name, seeds=[0, 1]) for name in ("killed", "undisturbed"))
+    runner = run_study(path, *options)
+    kill_in_training(runner, "tiny/bridge/0", path.parent / "runs" / "tiny" / "bridge" / "seed_0")
+    runner.communicate()
+    assert runner.returncode == 1
+    results = path.parent / "results" / "tiny"
+    done = {str(file.relative_to(results)): file.stat().st_mtime_ns for file in sorted(results.glob("*/*.json"))}
+    assert list(done) == ["bridge/seed_1.json", "rlvr/seed_0.json", "rlvr/seed_1.json"]
+
+    again, alone = run_study(path, *options), run_study(undisturbed, "--only", "tiny/bridge/0")
+    said, _ = again.communicate()
+    alone.communicate()
+    assert again.returncode == 0, said
+    assert said.count("begins:") == 1  # what was done is not done again
+    assert {name: (results / name).stat().st_mtime_ns for name in done} == done
+    assert "going on from" in (path.parent / "runs" / "tiny" / "bridge" / "seed_0" / "log.txt").read_text()
+    assert "4 of 8 cells are done" in (path.parent / "report" / "table.md").read_text()
+
+    ours, theirs = (
+        read_cell(file.parent / "results" / "tiny" / "bridge" / "seed_0.json") for file in (path, undisturbed)
+    )
+    assert (ours.summaries, ours.counts, ours.history) == (theirs.summaries, theirs.counts, theirs.history)
+    assert len(ours.trained) == 2
+    assert len(theirs.trained) == 1
+    for width in (1, 4):
+        right = np.array(ours.right(width))  # [groups, problems]
+        assert right.mean() / width == pytest.approx(ours.metric("pass@1", width).value)
