@@ -26,6 +26,7 @@ from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state
 
 CONFIG_FILE = "bridge_config.json"
 WEIGHTS_FILE = "bridge.safetensors"
+SHARDS_OF_ZERO = "latest"  # DeepSpeed's file that names the directory of its shards
 
 CARD = """---
 library_name: bridge-rl
@@ -102,6 +103,8 @@ def load_bridge(
     content = read_config(directory)
     config = BridgeConfig(**content["bridge"])
     is_adapter = (directory / "adapter_config.json").is_file()
+    if (directory / SHARDS_OF_ZERO).is_file() and not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory} holds shards only: bridge-rl convert {directory} OUTPUT puts them together.")
     if not is_adapter and not (directory / WEIGHTS_FILE).is_file():
         with _quietly():  # transformers would report every block as unexpected, and we load them next
             model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)

@@ -1,4 +1,4 @@
-"""`bridge-rl`: train | warmup | eval | report | study | generate | serve | lm-eval | demo | doctor."""
+"""`bridge-rl`: train | warmup | convert | eval | report | study | generate | serve | lm-eval | demo | doctor."""
 
 import argparse
 import os
@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, description in (("train", "a whole run from a recipe"), ("warmup", "only its warm-up")):
         add_recipe_arguments(commands.add_parser(name, help=description))
+    convert = commands.add_parser("convert", help="a checkpoint in shards as one that load_bridge reads")
+    convert.add_argument("checkpoint", type=Path, help="checkpoint-N of a run under ZeRO")
+    convert.add_argument("output", type=Path, help="a new directory")
     add_eval_arguments(commands.add_parser("eval", help="sample suites at several widths, with controls and reports"))
     generate = commands.add_parser("generate", help="one group of completions for a prompt")
     generate.add_argument("--model", required=True)
@@ -50,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def dispatch(args: argparse.Namespace) -> None:
     if args.command in ("train", "warmup"):
         run_recipe(args)
+    elif args.command == "convert":
+        from bridge_rl.convert import convert
+
+        convert(args.checkpoint, args.output)
     elif args.command == "eval":
         from bridge_rl.evaluation.command import evaluate
 

@@ -276,13 +276,29 @@ class LaunchSection:
     """What the recipe is planned for; a run on other hardware is refused until this says so.
 
     num_processes: None accepts any. gpu_memory_gb: of one GPU, for the plan. zero_stage: of DeepSpeed, which a run of
-    several processes turns on unless the launcher has configured it.
+    several processes turns on, with the file in launch/deepspeed, unless the launcher has configured it. offload: what
+    is kept in the machine's memory, `optimizer` (its state, stages 2 and 3) or `all` (parameters too, stage 3).
     """
 
     num_processes: int | None = None
     gpu_memory_gb: float | None = None
-    zero_stage: Literal[0, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"
     __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        lowest = {"none": 0, "optimizer": 2, "all": 3}[self.offload]
+        if self.zero_stage < lowest:
+            raise UserError(
+                f"launch.offload is '{self.offload}' and launch.zero_stage {self.zero_stage}: set zero_stage={lowest}"
+                f"{'' if lowest == 3 else ' or 3'}, or offload=none."
+            )
+
+    @property
+    def deepspeed_config(self) -> str:
+        """The file that configures what the section asks for; only with a stage."""
+        offload = "" if self.offload == "none" else f"_offload_{self.offload}"
+        return f"launch/deepspeed/zero{self.zero_stage}{offload}.json"
 
 
 @dataclass

@@ -237,7 +237,7 @@ def prepare_distributed(recipe: Recipe) -> None:
         return
     if stage > 0 and not uses_deepspeed():
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(find_file(f"launch/deepspeed/zero{stage}.json"))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(find_file(recipe.launch.deepspeed_config))
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == 3).lower()
     if uses_deepspeed() and not torch.cuda.is_available():
         import deepspeed

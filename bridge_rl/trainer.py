@@ -131,7 +131,10 @@ class BridgeGRPOTrainer(GRPOTrainer):
         beta, shares_reference = args.beta, args.beta != 0.0 and train != "full"
         if shares_reference:
             args.beta = 0.0  # or TRL would load a second model
+        # TRL turns checkpoints of LoRA under ZeRO-3 into reentrant ones, for a DeepSpeed older than we need.
+        checkpointing, args.gradient_checkpointing_kwargs = args.gradient_checkpointing_kwargs, None
         super().__init__(model, reward_funcs, args, rollout_func=lockstep_rollout, **kwargs)
+        args.gradient_checkpointing_kwargs = checkpointing
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)
@@ -298,7 +301,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
             return
         if self.train_mode == "bridge":
             directory.mkdir(parents=True, exist_ok=True)
-            save_blocks(model.state_dict() if state_dict is None else state_dict, directory)
+            if state_dict != {}:  # as it is where ZeRO-3 leaves the weights in their shards
+                save_blocks(model.state_dict() if state_dict is None else state_dict, directory)
             self.processing_class.save_pretrained(directory)
             torch.save(self.args, directory / "training_args.bin")
         else:

@@ -1,0 +1,78 @@
+"""A run's checkpoint that DeepSpeed or FSDP wrote in shards, as one that `load_bridge` reads, in float32."""
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bridge_rl.block import BridgeConfig
+from bridge_rl.checkpoint import CARD, CONFIG_FILE, SHARDS_OF_ZERO, read_config, save_blocks
+from bridge_rl.errors import UserError
+from bridge_rl.run_checkpoints import MANIFEST, problem_of
+from bridge_rl.surgery import attach_bridge
+
+COPIED = ("*.json", "*.jinja", "tokenizer*")
+NOT_COPIED = (MANIFEST, "trainer_state.json", "*.index.json")
+
+
+def convert(checkpoint: Path, output: Path) -> None:
+    """Write the model in `checkpoint` (a run's `checkpoint-N`, or its directory) to `output`, from the float32 masters
+    in the shards, whatever whole weights lie beside them.
+
+    Blocks stay blocks, an adapter an adapter, a full model a full one. Raises UserError for a directory that has no
+    shards or a damaged one, and for an output that exists.
+    """
+    if not (checkpoint / CONFIG_FILE).is_file():
+        raise UserError(f"{checkpoint} holds no Bridge: there is no {CONFIG_FILE} in it.")
+    if output.exists():
+        raise UserError(f"{output} exists already: name a new directory.")
+    if (checkpoint / MANIFEST).is_file() and (problem := problem_of(checkpoint)) is not None:
+        raise UserError(f"{problem}: name another checkpoint.")
+    is_adapter, is_full = ((checkpoint / name).is_file() for name in ("adapter_config.json", "config.json"))
+    tensors = read_zero(checkpoint, trained_only=not is_full)
+    output.mkdir(parents=True)
+    copy_rest(checkpoint, output)
+    if is_adapter:
+        model = get_peft_model(skeleton(checkpoint), PeftConfig.from_pretrained(checkpoint))
+        save_file(get_peft_model_state_dict(model, tensors), output / "adapter_model.safetensors", {"format": "pt"})
+    elif is_full:
+        skeleton(checkpoint).save_pretrained(output, state_dict=tensors)
+    else:
+        save_blocks(tensors, output)
+
+
+def read_zero(checkpoint: Path, trained_only: bool) -> dict[str, Tensor]:
+    """The float32 masters by their names in training, each in memory of its own unless it is tied."""
+    if not (checkpoint / SHARDS_OF_ZERO).is_file():
+        raise UserError(
+            f"{checkpoint} holds no shards of ZeRO (there is no file '{SHARDS_OF_ZERO}'), nothing to convert."
+        )
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
+        tensors = get_fp32_state_dict_from_zero_checkpoint(checkpoint, exclude_frozen_parameters=trained_only)
+    copies = {tensor.data_ptr(): tensor.clone() for tensor in tensors.values()}
+    return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+
+
+def skeleton(checkpoint: Path) -> PreTrainedModel:
+    """The model in float32 with its blocks and without weights, for the names that its library gives them in files."""
+    content = read_config(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint if (checkpoint / "config.json").is_file() else content["base"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return attach_bridge(model, BridgeConfig(**content["bridge"]))
+
+
+def copy_rest(checkpoint: Path, output: Path) -> None:
+    """Configuration and tokenizer, and a card of its own."""
+    left_out = {path for pattern in NOT_COPIED for path in checkpoint.glob(pattern)}
+    for path in {path for pattern in COPIED for path in checkpoint.glob(pattern)} - left_out:
+        shutil.copyfile(path, output / path.name)
+    (output / "README.md").write_text(CARD.format(title=output.name, path=output))
