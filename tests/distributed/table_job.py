@@ -1,7 +1,7 @@
-"""Train the tiny recipe in every way of `ways`, one after another in one launch: `table_job.py DIRECTORY MODEL [NAME..]`.
+"""Train the tiny recipe in every way of `ways`, one after another in one launch: `table_job.py DIRECTORY MODEL [NAME]`.
 
-Each rank trains from the Bridge checkpoint MODEL by `bridge_rl.run.train`. `DIRECTORY/NAME` gets what the run saves, and
-`facts.json`: what the trainer really was. One process takes the ways whose name begins with `alone`, several take the
+Each rank trains from the Bridge checkpoint MODEL by `bridge_rl.run.train`. `DIRECTORY/NAME` gets what the run saves and
+`facts.json`, what the trainer really was. One process takes the ways whose name begins with `alone`, several take the
 others; NAMEs choose among them.
 """
 

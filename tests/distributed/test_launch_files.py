@@ -1,0 +1,97 @@
+"""Every file in launch/ is read by the library that it is for, and names files that are there."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from pydantic import TypeAdapter
+
+from bridge_rl.config import LaunchSection
+from bridge_rl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+ACCELERATE = sorted((ROOT / "launch/accelerate").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "launch/deepspeed").glob("*.json"))
+OFFLOADS = {"none": (0, 1, 2, 3), "optimizer": (2, 3), "all": (3,)}  # and the stages at which they are
+
+
+def stage_of(name: str) -> int:
+    return int(re.search(r"zero(\d)", name)[1])
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_its_files(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    deepspeed = config.deepspeed_config
+    if "zero" not in path.stem:
+        assert (config.distributed_type.value, deepspeed) == ("MULTI_GPU", {})
+        return
+    assert config.distributed_type.value == "DEEPSPEED"
+    file = ROOT / deepspeed["deepspeed_config_file"]
+    assert file.stem == path.stem
+    assert file in DEEPSPEED
+    assert deepspeed["zero3_init_flag"] == (stage_of(path.stem) == 3)
+    # Or accelerate would start the other nodes itself, by pdsh, and not from the same command there.
+    assert deepspeed.get("deepspeed_multinode_launcher") == (None if "cpu" in path.stem else "standard")
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
+def test_deepspeed_reads_its_files(path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    content = json.loads(path.read_text())
+    # What transformers fills in for "auto".
+    filled = content | {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    filled |= {"gradient_clipping": 1.0, "bf16": {"enabled": True}}
+    zero = {key: 1000 if value == "auto" else value for key, value in content["zero_optimization"].items()}
+    config = DeepSpeedConfig(filled | {"zero_optimization": zero}).zero_config  # refuses keys that it does not know
+    assert config.stage == stage_of(path.stem)
+    assert (config.offload_optimizer is not None) == ("offload" in path.stem)
+    assert (config.offload_param is not None) == path.stem.endswith("offload_all")
+    assert config.gather_16bit_weights_on_model_save == (config.stage == 3)
+    assert (ROOT / f"launch/accelerate/{path.stem}.yaml").is_file()
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_recipe_asks_for_a_file_that_is_there_or_is_refused(stage, offload):
+    given = {"zero_stage": stage, "offload": offload}
+    if stage not in OFFLOADS[offload]:
+        with pytest.raises(UserError, match=rf"launch.offload is '{offload}' and launch.zero_stage {stage}: set"):
+            LaunchSection(**given)
+    elif stage > 0:
+        path = ROOT / TypeAdapter(LaunchSection).validate_python(given).deepspeed_config
+        assert path in DEEPSPEED
+        assert stage_of(path.stem) == stage
+
+
+@pytest.mark.slow
+def test_accelerate_starts_one_of_several_nodes(tmp_path):
+    """Two nodes here: the command of the README, with a program that says which rank it is."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    program = tmp_path / "program.py"
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    program.write_text(f"import os\nprint('rank:', *(os.environ[name] for name in {names}))")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/zero3.yaml"]
+    nodes = ["--num_machines=2", "--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    started = [
+        subprocess.Popen(
+            [*launcher, *nodes, f"--machine_rank={rank}", str(program)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(started):
+        output = process.communicate(timeout=120)[0]
+        assert f"rank: {rank} 2 1 launch/deepspeed/zero3.json" in output
