@@ -115,6 +115,11 @@ def uses_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was configured for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def _cannot_load(section: ModelSection, path: str, error: Exception) -> UserError:
     """`path` is what was to be loaded: the section's, or the base that a Bridge checkpoint names."""
     name = section.path if path == resolve_path(section.path) else f"{path}, the base of {section.path},"

@@ -33,6 +33,7 @@ from bridge_rl.models import (
     load_reward,
     load_tokenizer,
     uses_deepspeed,
+    uses_fsdp,
 )
 from bridge_rl.report import names
 from bridge_rl.report.command import write_report
@@ -138,9 +139,9 @@ def warm_up(recipe: Recipe) -> None:
         if state.is_main_process:
             print(f"warm-up: taken from {directory}", flush=True)
         return
-    if uses_deepspeed() and state.num_processes > 1:
+    if (uses_deepspeed() or uses_fsdp()) and state.num_processes > 1:
         raise UserError(
-            "warmup: the warm-up runs without ZeRO (it trains the new parameters only), so run it first: "
+            "warmup: the warm-up runs without ZeRO and FSDP (it trains the new parameters only), so run it first: "
             "accelerate launch launch/warmup.py with the same recipe and overrides."
         )
     tokenizer = load_tokenizer(recipe.model)

@@ -3,6 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import StateDictType
+
 from bridge_rl.errors import UserError
 
 # (option, value that is safe, reason and cure)
@@ -48,7 +52,7 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
     if split:
         yield "training.accelerator_config.split_batches is on: it cuts batches inside groups, leave it off."
     if options.get("fsdp"):
-        yield "training.fsdp is set: rollouts run under FSDP, but training and saving do not yet: use DDP or ZeRO."
+        yield "training.fsdp is set: leave it out, and launch with --config_file launch/accelerate/fsdp2.yaml."
     for key in ("per_device_train_batch_size", "num_generations"):
         value = options.get(key)
         if value is not None and value % width != 0:
@@ -59,3 +63,30 @@ def check_safe(options: Mapping[str, Any], width: int) -> None:
     """Raise UserError with the first of `conflicts`."""
     for conflict in conflicts(options, width):
         raise UserError(conflict)
+
+
+# (field of accelerate's plugin, value that is tested, key in the launcher's file, what to write there)
+_FSDP = (
+    ("fsdp_version", 2, "fsdp_version", "2"),
+    ("state_dict_type", StateDictType.FULL_STATE_DICT, "fsdp_state_dict_type", "FULL_STATE_DICT"),
+    ("cpu_ram_efficient_loading", False, "fsdp_cpu_ram_efficient_loading", "false"),
+    (
+        "activation_checkpointing",
+        False,
+        "fsdp_activation_checkpointing",
+        "false (training.gradient_checkpointing is ours)",
+    ),
+)
+
+
+def check_fsdp(accelerator: Accelerator) -> None:
+    """Raise UserError for a launch under FSDP whose checkpoints or weights would not be whole, or that is none."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(
+            "The launcher asks for FSDP, but accelerate would run without it, as it does on CPU and in one process: "
+            "launch with launch/accelerate/cpu_ddp.yaml, or without a configuration."
+        )
+    for name, tested, key, cure in _FSDP:
+        value = getattr(accelerator.state.fsdp_plugin, name)
+        if value != tested:
+            raise UserError(f"The launcher's {key} is {value}: set it to {cure}, as launch/accelerate/fsdp2.yaml does.")

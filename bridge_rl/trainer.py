@@ -28,13 +28,14 @@ from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, split_rows
 from bridge_rl.meters import StepMeter, record_norm_ratios
+from bridge_rl.models import uses_fsdp
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
-from bridge_rl.safety import check_safe
+from bridge_rl.safety import check_fsdp, check_safe
 from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
 from bridge_rl.training_rollout import lockstep_rollout
@@ -135,6 +136,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         checkpointing, args.gradient_checkpointing_kwargs = args.gradient_checkpointing_kwargs, None
         super().__init__(model, reward_funcs, args, rollout_func=lockstep_rollout, **kwargs)
         args.gradient_checkpointing_kwargs = checkpointing
+        if uses_fsdp():
+            check_fsdp(self.accelerator)
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)
@@ -313,7 +316,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
             (directory / "README.md").write_text(CARD.format(title=directory.name, path=path))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.train_mode == "bridge":
+        if self.train_mode == "bridge" and not self.is_fsdp_enabled:  # which writes and reads the whole model
             path = Path(resume_from_checkpoint)
             load_blocks(model or self.model, read_blocks(path / WEIGHTS_FILE), path)
         else:

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import bridge_rl.run
 from bridge_rl.checkpoint import read_config
-from bridge_rl.config import load_recipe
+from bridge_rl.config import Recipe, load_recipe
+from bridge_rl.run import device_arguments
 from bridge_rl.surgery import BridgedLayer
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -32,6 +36,7 @@ TRAINS = ("bridge", "lora", "full")
 CHECKPOINTING = {"reentrant": True, "non-reentrant": False}
 CONFIGS = {0: None, 2: "cpu_zero2", 3: "cpu_zero3"}
 SCATTERED = ("bridge", "full")  # PEFT's adapters are gathered either way
+RESUMED = ("fsdp2-bridge-reentrant", "fsdp2-lora-reentrant", "fsdp2-full-reentrant")  # after their first step
 OFFLOADED = ("zero2_offload_optimizer", "zero3_offload_all")
 OPTIONS = [
     "warmup=null",
@@ -53,28 +58,31 @@ def digits(completion_ids: list[list[int]], **kwargs: object) -> list[float]:
 
 @dataclass
 class Way:
-    """config: a file in launch/deepspeed that the launcher names; changes: to its content."""
+    """config: a file in launch/deepspeed that the launcher names; changes: to its content. fsdp: by fsdp2.yaml."""
 
     overrides: list[str]
     config: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+    fsdp: bool = False
 
 
 def ways() -> dict[str, Way]:
     """By name."""
-    checkpointed = {
-        f"zero{stage}-{train}-{name}": Way(
-            [
-                f"train={train}",
-                "training.gradient_checkpointing=true",
-                f"training.gradient_checkpointing_kwargs={{use_reentrant: {str(reentrant).lower()}}}",
-            ],
-            CONFIGS[stage],
-        )
-        for stage in (0, 2, 3)
+    trained = {
+        f"{train}-{name}": [
+            f"train={train}",
+            "training.gradient_checkpointing=true",
+            f"training.gradient_checkpointing_kwargs={{use_reentrant: {str(reentrant).lower()}}}",
+        ]
         for train in TRAINS
         for name, reentrant in CHECKPOINTING.items()
     }
+    checkpointed = {
+        f"zero{stage}-{name}": Way(overrides, CONFIGS[stage])
+        for stage in CONFIGS
+        for name, overrides in trained.items()
+    }
+    fsdp = {f"fsdp2-{name}": Way(overrides, fsdp=True) for name, overrides in trained.items()}
     alone = {f"alone-{train}": Way([f"train={train}"]) for train in TRAINS}
     by_recipe = {"zero1-full": Way(["train=full", "launch.zero_stage=1"])}
     # With torch's AdamW: DeepSpeed's for the CPU would be compiled first, for minutes.
@@ -89,7 +97,7 @@ def ways() -> dict[str, Way]:
         )
         for train in SCATTERED
     }
-    return alone | checkpointed | by_recipe | offloaded | scattered
+    return alone | checkpointed | by_recipe | offloaded | scattered | fsdp
 
 
 class Probed(BridgeGRPOTrainer):
@@ -151,18 +159,21 @@ class Probed(BridgeGRPOTrainer):
     def changed(self, parameters) -> list[str]:
         """Frozen parameters that are no longer, to the bit, those of the base."""
         base = load_file(Path(self.base, "model.safetensors"))
+        weights = {name: whole(parameter) for name, parameter in parameters.items()}  # together with the other rank
         found = []
         for name, parameter in parameters.items():
             if parameter.requires_grad or ".original_module." in name:
                 continue
             original = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            if not torch.equal(whole(parameter), base[original]):
+            if not torch.equal(weights[name], base[original]):
                 found.append(name)
         return found
 
 
 def held_elements(parameter) -> int:
     """Elements of the parameter that are on this rank now."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
     if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:
         return parameter.ds_tensor.numel()
     return parameter.numel()
@@ -174,6 +185,8 @@ def whole(parameter) -> torch.Tensor:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
     return parameter.detach()
 
 
@@ -181,7 +194,7 @@ def optimizer_elements(optimizer) -> int:
     """Elements of AdamW's first moments on this rank."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return sum(state["exp_avg"].numel() for state in optimizer.state.values())
+    return sum(held_elements(state["exp_avg"]) for state in optimizer.state.values())
 
 
 def configure(way: Way, directory: Path) -> None:
@@ -189,13 +202,24 @@ def configure(way: Way, directory: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
+    bridge_rl.run.device_arguments = fsdp_on_cpu if way.fsdp else device_arguments
+    if way.fsdp:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        for key, value in load_config_from_file("launch/accelerate/fsdp2.yaml").fsdp_config.items():
+            os.environ[key.upper()] = str(value)
     if way.config is not None:
         file = Path(f"launch/deepspeed/{way.config}.json")
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(changed(file, way.changes, directory))
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str("zero3" in way.config).lower()
+
+
+def fsdp_on_cpu(recipe: Recipe) -> dict[str, Any]:
+    """Accelerate runs DDP where FSDP is asked for on CPU, unless it is told that the processes have accelerators."""
+    PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
+    return {**device_arguments(recipe), "accelerator_config": {"use_configured_state": True}}
 
 
 def changed(file: Path, changes: dict[str, Any], directory: Path) -> Path:
@@ -223,7 +247,11 @@ if __name__ == "__main__":
             configure(way, directory)
             output = [f"model.path={model}", f"output_dir={directory / name}"]
             rows = f"training.per_device_train_batch_size={ROWS // world}"
-            bridge_rl.run.train(load_recipe(RECIPE, [*OPTIONS, rows, *output, *way.overrides]))
+            options = [*OPTIONS, rows, *output, *way.overrides]
+            if name in RESUMED:
+                bridge_rl.run.train(load_recipe(RECIPE, [*options, "training.max_steps=1", "training.save_steps=1"]))
+                configure(way, directory)
+            bridge_rl.run.train(load_recipe(RECIPE, options))
     if world > 1:
         PartialState().wait_for_everyone()
         dist.destroy_process_group()

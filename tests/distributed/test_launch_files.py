@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from pydantic import TypeAdapter
 
 from bridge_rl.config import LaunchSection
 from bridge_rl.errors import UserError
+from bridge_rl.safety import check_fsdp
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = sorted((ROOT / "launch/accelerate").glob("*.yaml"))
@@ -29,6 +32,9 @@ def stage_of(name: str) -> int:
 def test_accelerate_reads_its_files(path):
     config = load_config_from_file(str(path))  # refuses keys that it does not know
     deepspeed = config.deepspeed_config
+    if path.stem == "fsdp2":
+        assert config.distributed_type.value == "FSDP"
+        return
     if "zero" not in path.stem:
         assert (config.distributed_type.value, deepspeed) == ("MULTI_GPU", {})
         return
@@ -69,6 +75,40 @@ def test_a_recipe_asks_for_a_file_that_is_there_or_is_refused(stage, offload):
         path = ROOT / TypeAdapter(LaunchSection).validate_python(given).deepspeed_config
         assert path in DEEPSPEED
         assert stage_of(path.stem) == stage
+
+
+def fsdp_plugin(monkeypatch, changes: dict[str, str]) -> FullyShardedDataParallelPlugin:
+    """What accelerate makes of launch/accelerate/fsdp2.yaml with changes."""
+    config = load_config_from_file(str(ROOT / "launch/accelerate/fsdp2.yaml")).fsdp_config
+    for key, value in (config | changes).items():
+        monkeypatch.setenv(key.upper(), str(value))
+    return FullyShardedDataParallelPlugin()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fsdp_version": "1"},
+        {"fsdp_state_dict_type": "SHARDED_STATE_DICT"},
+        {"fsdp_cpu_ram_efficient_loading": "true"},
+        {"fsdp_activation_checkpointing": "true"},
+    ],
+)
+def test_fsdp_is_accepted_as_the_file_has_it_and_otherwise_refused_by_key(monkeypatch, changes):
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=fsdp_plugin(monkeypatch, changes))
+    )
+    if not changes:
+        check_fsdp(accelerator)
+        return
+    with pytest.raises(UserError, match=rf"The launcher's {next(iter(changes))} is .*: set it to "):
+        check_fsdp(accelerator)
+
+
+def test_fsdp_that_accelerate_would_leave_out_is_refused():
+    with pytest.raises(UserError, match="accelerate would run without it"):
+        check_fsdp(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from table_job import CHECKPOINTING, OFFLOADED, RECIPE, SCATTERED, STEPS, TRAINS, ways
+from table_job import CHECKPOINTING, OFFLOADED, RECIPE, RESUMED, SCATTERED, STEPS, TRAINS, ways
 
 import bridge_rl as br
 from bridge_rl.cli import main
@@ -82,6 +82,12 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return (model.merge_and_unload() if isinstance(model, PeftModel) else model).state_dict()
 
 
+def assert_equal_weights(found: Path, expected: Path) -> None:
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
 def assert_same_weights(found: Path, expected: Path, start: Path) -> None:
     """Equal but for 1e-4 of the way that training went, of which 2e-5 at most was seen."""
     ours, theirs, before = (weights(directory) for directory in (found, expected, start))
@@ -108,11 +114,8 @@ def assert_sharded(facts: dict, stage: int) -> None:
     assert facts["elements_held"] * (2 if stage == 3 else 1) == facts["elements"]
 
 
-@pytest.mark.parametrize(("stage", "train", "checkpointing"), TABLE)
-def test_two_ranks_with_checkpointing_take_the_steps_of_one_without(runs, start, stage, train, checkpointing):
-    run, alone = runs / f"zero{stage}-{train}-{checkpointing}", runs / f"alone-{train}"
+def assert_as_alone(run: Path, alone: Path, start: Path, train: str, checkpointing: str) -> None:
     facts, expected = facts_of(run), facts_of(alone)
-    assert_sharded(facts, stage)
     # A layer runs again in the backward pass; reentrant checkpoints run it without a graph first.
     assert facts["grad_modes"] == [not CHECKPOINTING[checkpointing], True]
     assert expected["grad_modes"] == [True]
@@ -120,6 +123,28 @@ def test_two_ranks_with_checkpointing_take_the_steps_of_one_without(runs, start,
     assert facts["frozen_and_changed"] == expected["frozen_and_changed"] == []
     assert_same_steps(facts, expected)
     assert_same_weights(run, alone, start)
+    assert_equal_weights(run / f"checkpoint-{STEPS}", run)
+
+
+@pytest.mark.parametrize(("stage", "train", "checkpointing"), TABLE)
+def test_two_ranks_with_checkpointing_take_the_steps_of_one_without(runs, start, stage, train, checkpointing):
+    run = runs / f"zero{stage}-{train}-{checkpointing}"
+    assert_sharded(facts_of(run), stage)
+    assert_as_alone(run, runs / f"alone-{train}", start, train, checkpointing)
+
+
+@pytest.mark.parametrize("train", TRAINS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_two_ranks_under_fsdp2_take_the_steps_of_one(runs, start, train, checkpointing):
+    """Those of RESUMED were ended after a step and went on from their checkpoint."""
+    name = f"fsdp2-{train}-{checkpointing}"
+    facts = facts_of(runs / name)
+    assert (facts["distributed_type"], facts["num_processes"]) == ("FSDP", 2)
+    # FSDP2 shards rows, of which the embedding has an odd number: 128 elements more on this rank.
+    assert abs(2 * facts["elements_held"] - facts["elements"]) <= 128
+    assert abs(2 * facts["optimizer_elements"] - facts["trained_elements"]) <= 128
+    assert (runs / name / "checkpoint-1").is_dir() == (name in RESUMED)
+    assert_as_alone(runs / name, runs / f"alone-{train}", start, train, checkpointing)
 
 
 def test_zero1_by_the_recipe_takes_the_steps_of_one(runs, start):
@@ -140,12 +165,6 @@ def test_offload_takes_the_steps_of_one(runs, start, config):
 
 
 # -- conversion -------------------------------------------------------------------------------------------------------
-
-
-def assert_equal_weights(found: Path, expected: Path) -> None:
-    ours, theirs = weights(found), weights(expected)
-    assert ours.keys() == theirs.keys()
-    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
 
 
 @pytest.mark.parametrize("train", TRAINS)
