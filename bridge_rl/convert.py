@@ -1,4 +1,4 @@
-"""A run's checkpoint that DeepSpeed or FSDP wrote in shards, as one that `load_bridge` reads, in float32."""
+"""A checkpoint that DeepSpeed wrote in shards, as one that `load_bridge` reads, in float32."""
 
 import contextlib
 import io

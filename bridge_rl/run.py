@@ -236,7 +236,7 @@ def prepare_distributed(recipe: Recipe) -> None:
     stage = recipe.launch.zero_stage
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if stage > 0 and not uses_deepspeed():
+    if stage > 0 and not uses_deepspeed() and not uses_fsdp():
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(find_file(recipe.launch.deepspeed_config))
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == 3).lower()

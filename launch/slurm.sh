@@ -8,7 +8,8 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --output=runs/slurm-%j.log
-# sbatch launch/slurm.sh recipes/r1_distill_7b.yaml [key=value ...]
+# sbatch launch/slurm.sh recipes/r1_distill_7b.yaml [key=value ...], or on two nodes that both see output_dir:
+# sbatch --nodes=2 launch/slurm.sh recipes/r1_distill_7b.yaml launch.num_processes=16
 # The warm-up runs without ZeRO and is skipped when OUTPUT/warmup is there already.
 # 120 seconds before the time limit every rank gets SIGTERM, saves and leaves with 85, and the job queues again: make it
 # longer than one update and one save. srun starts the ranks itself, since torchrun and accelerate launch turn every exit

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from bridge_rl.config import LaunchSection
 from bridge_rl.errors import UserError
+from bridge_rl.run import prepare_distributed
 from bridge_rl.safety import check_fsdp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,15 @@ def test_a_recipe_asks_for_a_file_that_is_there_or_is_refused(stage, offload):
         assert stage_of(path.stem) == stage
 
 
+@pytest.mark.parametrize(("launcher", "turned_on"), [({}, True), ({"ACCELERATE_USE_FSDP": "true"}, False)])
+def test_a_launcher_that_asks_for_fsdp_is_not_overruled_by_the_recipes_zero_stage(monkeypatch, launcher, turned_on):
+    environment = {"WORLD_SIZE": "2", **launcher}
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_distributed(SimpleNamespace(launch=LaunchSection(zero_stage=3, offload="all")))
+    file = str(ROOT / "launch/deepspeed/zero3_offload_all.json")
+    assert environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") == (file if turned_on else None)
+
+
 def fsdp_plugin(monkeypatch, changes: dict[str, str]) -> FullyShardedDataParallelPlugin:
     """What accelerate makes of launch/accelerate/fsdp2.yaml with changes."""
     config = load_config_from_file(str(ROOT / "launch/accelerate/fsdp2.yaml")).fsdp_config
@@ -109,6 +119,30 @@ def test_fsdp_is_accepted_as_the_file_has_it_and_otherwise_refused_by_key(monkey
 def test_fsdp_that_accelerate_would_leave_out_is_refused():
     with pytest.raises(UserError, match="accelerate would run without it"):
         check_fsdp(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
+
+
+def test_slurm_starts_the_ranks_of_all_nodes(tmp_path):
+    """launch/slurm.sh with two nodes of two tasks; srun, scontrol and python are stubs here."""
+    stubs = {
+        "scontrol": "printf 'node7\\nnode8\\n'",
+        "srun": 'for n in 0 1 2 3; do SLURM_PROCID=$n SLURM_LOCALID=$((n % 2)) "${@:2}" || exit $?; done',
+        "python": 'echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR "$@"',
+    }
+    bin_directory = tmp_path / ".venv/bin"
+    bin_directory.mkdir(parents=True)
+    (bin_directory / "activate").write_text(f"PATH={bin_directory}:$PATH\n")
+    for name, body in stubs.items():
+        (bin_directory / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (bin_directory / name).chmod(0o755)
+    slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "1"}
+    command = ["bash", str(ROOT / "launch/slurm.sh"), "recipe.yaml", "launch.num_processes=4"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | slurm, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"{rank}/4 {rank % 2}/2 node7 launch/{script}.py recipe.yaml launch.num_processes=4"
+        for script in ("warmup", "train")
+        for rank in range(4)
+    ]
 
 
 @pytest.mark.slow
