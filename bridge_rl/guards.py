@@ -65,7 +65,7 @@ class Guards(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """ZeRO-3 looks at the norm always, ZeRO-1 and -2 in bf16 only if told to."""
-        optimizer = getattr(self.trainer.model_wrapped, "optimizer", None)
+        optimizer: Any = getattr(self.trainer.model_wrapped, "optimizer", None)
         if self.options.max_skipped is not None and hasattr(optimizer, "check_grad_overflow"):
             optimizer.check_grad_overflow = True
 
@@ -74,6 +74,13 @@ class Guards(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._start_step()
+
+    @property
+    def in_charge(self) -> bool:
+        """Whether it leaves out updates itself. DeepSpeed has by the time it tells the norm; fp16's scaler does so to
+        find its scale."""
+        trainer = self.trainer
+        return self.options.max_skipped is not None and not (trainer.is_deepspeed_enabled or trainer.args.fp16)
 
     def watch_loss(self, loss: Tensor) -> Tensor:
         self.losses.append(loss.detach())
@@ -93,7 +100,7 @@ class Guards(TrainerCallback):
     def skips(self, model: nn.Module, norm: Tensor | float | None) -> bool:
         """Whether this update is to be left out, told from the norm of its gradients. Raises Halted at the limit."""
         limit = self.options.max_skipped
-        if limit is None or norm is None:
+        if limit is None or norm is None or self.trainer.args.fp16:
             return False
         value = float(norm)  # waits for the gradients, once an update
         if torch.tensor(value).isfinite():

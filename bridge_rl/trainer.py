@@ -250,18 +250,15 @@ class BridgeGRPOTrainer(GRPOTrainer):
         return result
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Returns the norm. DeepSpeed has clipped already, and taken the step unless its norm is not finite."""
-        if self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
-        return clip_finite(model, self.args.max_grad_norm)
+        if self._guards.in_charge:
+            return clip_finite(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of this update, which is left out if a guard says so: no parameter has a gradient then."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.args.fp16:  # whose scaler leaves out such updates itself, to find its scale
-            return norm
         skips = self._guards.skips(model, norm)
-        if not self.is_deepspeed_enabled:
+        if self._guards.in_charge:
             self.optimizer._is_overflow = skips  # the schedule then waits, as DeepSpeed's does
             if skips:
                 model.zero_grad()
