@@ -121,27 +121,31 @@ class DynamicSampler:
         """This rank's examples, one a row, and what was sampled for them. Called by all ranks."""
         rows, rewards = self._sample_rows(inputs)
         signal = self._signal(rewards)
-        slots = [slot for slot, found in enumerate(signal) if not found]
-        first_round = {name: len(x) for name, x in self._lengths().items()}
-        candidates = Candidates()
+        missing = [slot for slot, found in enumerate(signal) if not found]
+        candidates, rounds = Candidates(), 0
         chosen: list[int] = []
-        rounds = 0
-        if slots:
-            order = self._order({repr(prompt) for prompt in gather_object([row["prompt"] for row in inputs])})
+        if missing:
+            taken = {repr(prompt) for prompt in gather_object([example["prompt"] for example in inputs])}
+            candidates, chosen, rounds = self._look_for(len(missing), taken, len(signal))
+        before = total_rewards(rewards, self.trainer.reward_weights).nanmean().item()
+        rows, rewards = self._fill(rows, rewards, dict(zip(missing, chosen, strict=False)), candidates)
+        self._log(len(signal), len(candidates.signal), len(missing) - len(chosen), rounds, before)
+        return [row.example for row in rows], self._as_sampled(rows, rewards)
 
-            def sample_to(number: int) -> list[bool]:
-                if number > len(candidates.signal):
-                    self._sample_candidates(candidates, order, number - len(candidates.signal), len(signal))
-                return candidates.signal
+    def _look_for(self, missing: int, taken: set[str], slots: int) -> tuple[Candidates, list[int], int]:
+        """Candidates, the numbers of those that fill the missing slots, and the rounds it took."""
+        candidates, order = Candidates(), self._order(taken)
+        first_round = {name: len(values) for name, values in self._lengths().items()}
 
-            chosen, rounds = choose(len(slots), self.options.max_rounds, sample_to)
+        def sample_to(number: int) -> list[bool]:
+            if number > len(candidates.signal):
+                self._sample_candidates(candidates, order, number - len(candidates.signal), slots)
+            return candidates.signal
+
+        chosen, rounds = choose(missing, self.options.max_rounds, sample_to)
         for name, values in self._lengths().items():  # or a round of one prompt would count as much as a whole batch
             del values[first_round[name] :]
-        before = total_rewards(rewards, self.trainer.reward_weights).nanmean().item()
-        filled = dict(zip(slots, chosen, strict=False))
-        rows, rewards = self._fill(rows, rewards, filled, candidates)
-        self._log(len(signal), len(candidates.signal), len(slots) - len(chosen), rounds, before)
-        return [row.example for row in rows], self._as_sampled(rows, rewards)
+        return candidates, chosen, rounds
 
     def _signal(self, rewards: Tensor) -> list[bool]:
         return has_signal(total_rewards(rewards, self.trainer.reward_weights), self.num_generations)

@@ -51,7 +51,7 @@ def runs(tmp_path_factory) -> Path:
     (output / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, "tests/faults/guards_job.py", str(output / "spec.json")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-4000:]
     log = (output / "log.txt").read_text()
     assert json.loads(done.stdout.splitlines()[-1]) == [[0], [0, 0], [2, 2], [2, 2], [2, 2]], log[-4000:]
