@@ -193,7 +193,7 @@ class GuardsSection:
     """
 
     max_skipped: int | None = 5
-    max_rollout_kl: float | None = 0.02
+    max_rollout_kl: float | None = 0.01
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:

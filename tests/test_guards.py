@@ -226,7 +226,7 @@ def test_a_rollout_that_is_not_what_is_trained_stops_before_the_update(tokenizer
     """Log-probs off by one nat, in the second micro-batch of the second update."""
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "max_steps": 3}
     trainer = make_trainer(tokenizer, tmp_path, breaks={3: "logps"}, **options)
-    with pytest.raises(UserError, match=r"a KL of 0.718 nats a token \(guards.max_rollout_kl is 0.02\)") as error:
+    with pytest.raises(UserError, match=r"a KL of 0.718 nats a token \(guards.max_rollout_kl is 0.01\)") as error:
         trainer.train()
     assert f"step 2 was not taken, its batch is in {tmp_path / 'guards' / 'step_000002_rank_0.pt'}" in str(error.value)
     content = saved(tmp_path, 2)
