@@ -43,6 +43,7 @@ bench: $(READY)  ## the figures in benchmarks/results
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/intervals.py
+	$(BIN)/python benchmarks/rollout_kl.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

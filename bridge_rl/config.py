@@ -94,13 +94,32 @@ class DataSection:
 
 
 @dataclass
+class DynamicSampling:
+    """Prompts whose completions all have one reward, and so no gradient, give way to others of the data (DAPO).
+
+    max_rounds: times that further prompts are sampled, as many as are missing, before the rest stays as it is.
+    """
+
+    max_rounds: int = 3
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 1:
+            raise UserError(
+                f"rollout.dynamic_sampling.max_rounds is {self.max_rounds}: it must be at least 1; to sample once only "
+                "set rollout.dynamic_sampling=null."
+            )
+
+
+@dataclass
 class RolloutSection:
     """Sampling in training.
 
     width: rows that think together (w). num_generations: completions of a prompt that share one baseline (G), a
     multiple of the width. mask_truncated: completions cut at the limit stay visible to their siblings and out of the
     loss. max_rows: rows sampled at once, by default all of a rank's. max_cache_tokens: tokens whose keys and values are
-    held at once, by default as many as free memory holds. cuda_graphs: as in `RolloutOptions`.
+    held at once, by default as many as free memory holds. cuda_graphs: as in `RolloutOptions`. dynamic_sampling: None
+    trains on every prompt that was sampled.
     """
 
     width: int = 4
@@ -113,6 +132,7 @@ class RolloutSection:
     max_rows: int | None = None
     max_cache_tokens: int | None = None
     cuda_graphs: bool = False
+    dynamic_sampling: DynamicSampling | None = None
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
@@ -161,6 +181,28 @@ class UpdateSection:
     def __post_init__(self) -> None:
         if self.token_budget is not None and self.token_budget < 1:
             raise UserError(f"update.token_budget is {self.token_budget}: it must be at least 1.")
+
+
+@dataclass
+class GuardsSection:
+    """What ends a run that has gone wrong, before the update that would spoil it; the batch is kept in OUTPUT/guards.
+
+    max_skipped: an update whose loss or gradient is not finite is skipped, and so many in a row end the run; None takes
+    such updates. max_rollout_kl: nats a token by which the log-probs that training computes may differ from those of
+    the rollout, of which they are the same model's; None: any.
+    """
+
+    max_skipped: int | None = 5
+    max_rollout_kl: float | None = 0.01
+    __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        if self.max_skipped is not None and self.max_skipped < 1:
+            raise UserError(
+                f"guards.max_skipped is {self.max_skipped}: it must be at least 1 (1 stops at the first), or null."
+            )
+        if self.max_rollout_kl is not None and not self.max_rollout_kl > 0:
+            raise UserError(f"guards.max_rollout_kl is {self.max_rollout_kl}: it must be above 0, or null.")
 
 
 @dataclass
@@ -319,6 +361,7 @@ class Recipe:
     lora: LoraSection = field(default_factory=LoraSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     update: UpdateSection = field(default_factory=UpdateSection)
+    guards: GuardsSection = field(default_factory=GuardsSection)
     warmup: WarmupSection | None = None
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
@@ -334,6 +377,12 @@ class Recipe:
             parse_duration("save_before", self.save_before)
         if not self.rewards:
             raise UserError("rewards is empty: name at least one function, such as rewards/answer.py:correct.")
+        aggregation = self.training.get("multi_objective_aggregation", "sum_then_normalize")
+        if self.rollout.dynamic_sampling is not None and aggregation != "sum_then_normalize":
+            raise UserError(
+                f"rollout.dynamic_sampling is set with training.multi_objective_aggregation={aggregation}, where equal "
+                "sums of rewards may have a gradient: leave one of them out."
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: it must be between 0 and 2**32 - 1.")
         if self.bridge is None and self.train == "bridge":

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from bridge_rl.block import BridgeBlock, MatchedMLP
 from bridge_rl.packed import PackedGroups
 from bridge_rl.report import names
+from bridge_rl.rollout.request import RolloutStats
 
 GIB = 2**30
 
@@ -67,6 +69,40 @@ class StepMeter(TrainerCallback):
         }
         self._reset()
         return metrics
+
+
+@dataclass
+class GenerationMeter:
+    """What the rollouts of one generation batch took on this rank, and scoring them. Times in seconds."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    cut: list[bool] = field(default_factory=list)  # of each row, whether at the limit
+    row_steps: int = 0
+    steps: int = 0
+    cache_tokens: int = 0
+    preempted: int = 0
+    reward_seconds: float = 0.0
+
+    def add(self, seconds: float, tokens: int, cut: list[bool], stats: RolloutStats) -> None:
+        self.seconds += seconds
+        self.tokens += tokens
+        self.cut += cut
+        self.row_steps += stats.row_steps
+        self.steps += stats.steps
+        self.cache_tokens = max(self.cache_tokens, stats.peak_cache_tokens)
+        self.preempted += stats.preempted
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            names.ROLLOUT_SECONDS: self.seconds,
+            names.ROLLOUT_TOKENS_PER_SECOND: self.tokens / self.seconds,
+            names.ROLLOUT_TRUNCATED: sum(self.cut) / len(self.cut),
+            names.ROLLOUT_ROWS_PER_STEP: self.row_steps / max(1, self.steps),
+            names.ROLLOUT_CACHE_TOKENS: self.cache_tokens,
+            names.ROLLOUT_PREEMPTED: self.preempted,
+            names.REWARD_SECONDS: self.reward_seconds,
+        }
 
 
 def peak_memory() -> int:

@@ -34,6 +34,7 @@ def capture(trainer: "BridgeGRPOTrainer") -> dict[str, Any]:
         "metrics": _plain(trainer._metrics),
         "completions": _plain(trainer._logs) if trainer.log_completions else None,
         "meter": trainer._meter.state(),
+        "guards": trainer._guards.state(),
         "evaluation_due": trainer._resume.evaluation_due,
     }
 
@@ -61,6 +62,7 @@ def restore(trainer: "BridgeGRPOTrainer", saved: dict[str, Any]) -> None:
     if saved["completions"] is not None:
         _refill(trainer._logs, saved["completions"])
     trainer._meter.restore(saved["meter"])
+    trainer._guards.restore(saved["guards"])
 
 
 def _refill(columns: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -94,6 +94,8 @@ def train(recipe: Recipe) -> dict[str, float]:
                 cuda_graphs=recipe.rollout.cuda_graphs,
             ),
             update=recipe.update,
+            guards=recipe.guards,
+            dynamic_sampling=recipe.rollout.dynamic_sampling,
             evaluator=None if eval_set is None else make_evaluator(recipe, eval_set, tokenizer, judge, stop),
             stop=stop,
             train_dataset=train_set,

@@ -23,11 +23,13 @@ from trl.trainer.utils import RepeatSampler
 
 from bridge_rl import run_checkpoints
 from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
-from bridge_rl.config import UpdateSection
+from bridge_rl.config import DynamicSampling, GuardsSection, UpdateSection
+from bridge_rl.dynamic_sampling import DynamicSampler, Sampled, local_rows, total_rewards
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import merge_rows, split_rows
-from bridge_rl.meters import StepMeter, record_norm_ratios
+from bridge_rl.guards import Guards, Halted, clip_finite
+from bridge_rl.meters import GenerationMeter, StepMeter, record_norm_ratios
 from bridge_rl.models import uses_fsdp
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
@@ -79,6 +81,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
     mask_truncated: rows cut at the limit stay visible to siblings and out of the loss. (TRL's `completions/*_length`
         metrics then count them as empty.)
     update: how a micro-batch is computed; loss and gradients do not depend on it.
+    guards: what ends a run that has gone wrong; None: those of a recipe that says nothing.
+    dynamic_sampling: whether prompts without a signal give way to others; None: they do not.
     evaluator: called by `evaluate` with the trainer, returns metrics; None: no evaluation.
     stop: what may end `train` before its last step; None: nothing that is not an error.
     With beta > 0 the reference is the base without Bridge: the module itself with both switched off, or, with
@@ -101,6 +105,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         mask_truncated: bool = False,
         rollout_options: RolloutOptions | None = None,
         update: UpdateSection | None = None,
+        guards: GuardsSection | None = None,
+        dynamic_sampling: DynamicSampling | None = None,
         evaluator: Callable[["BridgeGRPOTrainer"], dict[str, float]] | None = None,
         stop: Stop | None = None,
         **kwargs: Any,
@@ -122,6 +128,9 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.evaluator = evaluator
         self._staging: Path | None = None  # where a checkpoint is being written
         self._sampled: dict[str, Tensor] | None = None
+        self.generation = GenerationMeter()
+        self.groups_before = 0  # over all ranks, those that were sampled before for the same generation batch
+        self._ready: Sampled | None = None
         if has_bridge(model):
             find_state(model).width = width
         if train == "bridge":
@@ -145,7 +154,10 @@ class BridgeGRPOTrainer(GRPOTrainer):
         for module in (self.model, self.ref_model):
             if isinstance(module, torch.nn.Module):
                 serve_packed(self.accelerator.unwrap_model(module))
+        self._dynamic = None if dynamic_sampling is None else DynamicSampler(self, dynamic_sampling)
         self._meter, self._resume, self.stop = StepMeter(), Resume(self), stop
+        self._guards = Guards(self, guards or GuardsSection())
+        self.add_callback(self._guards)
         self.add_callback(self._meter)
         self.add_callback(self._resume)
         if stop is not None:
@@ -156,12 +168,25 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch as blocks [groups, width, ...]: its shuffle and split then act on whole groups."""
-        batch = super()._generate_and_score_completions(inputs)
+        self.generation, self.groups_before = GenerationMeter(), 0
+        if self._dynamic is not None:
+            inputs, self._ready = self._dynamic.sample(inputs)
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            self._ready = None
+        batch["rewards"] = self._rewards[local_rows(self, len(inputs))]
+        for name, value in self.generation.metrics().items():
+            self._log(name, value)
         return {key: split_rows(x, self.width) if _is_per_row(x) else x for key, x in batch.items()}
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        return super()._generate(prompts) if self._ready is None else self._ready.generated
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The loss of whole groups; of all parts but the last the backward pass has then been run already."""
         inputs = {key: merge_rows(x) if _is_per_row(x) else x for key, x in inputs.items()}
+        self._guards.batches.append(inputs)
         self._meter.add_tokens(inputs["prompt_mask"])
         self._meter.add_tokens(inputs["completion_mask"])
         *parts, last = parts_of(inputs, self.width, self.update, self.accelerator)
@@ -176,7 +201,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
     def _loss_of_part(self, model: Any, part: dict[str, Any], whole: dict[str, Any]) -> Tensor:
         if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # no update since the sampling
             self._sampled = {"logps": part["sampling_per_token_logps"], "mask": part["completion_mask"]}
-        return super()._compute_loss(model, part) * share_of_loss(self.loss_type, part, whole)
+        loss = super()._compute_loss(model, part) * share_of_loss(self.loss_type, part, whole)
+        return self._guards.watch_loss(loss)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.update.share_prompt:
@@ -226,7 +252,23 @@ class BridgeGRPOTrainer(GRPOTrainer):
             self._log(names.norm_ratio(layer), ratio)
         if ratios:
             self._log(names.NORM_RATIO, sum(ratio_of_layer) / len(ratio_of_layer))
+        self._guards.check_kl(kl_per_token)
         return result
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._guards.in_charge:
+            return clip_finite(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of this update, which is left out if a guard says so: no parameter has a gradient then."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        skips = self._guards.skips(model, norm)
+        if self._guards.in_charge:
+            self.optimizer._is_overflow = skips  # the schedule then waits, as DeepSpeed's does
+            if skips:
+                model.zero_grad()
+        return norm
 
     @property
     def _generate_every(self) -> int:
@@ -234,9 +276,13 @@ class BridgeGRPOTrainer(GRPOTrainer):
         return self.args.steps_per_generation * self.num_iterations
 
     @property
-    def rollout_seed(self) -> int:
+    def generation_number(self) -> int:
         """Of the present generation batch: the same on every rank, and after a resume."""
-        return stream_seed(self.args.seed, "training", self._step // self._generate_every)
+        return self._step // self._generate_every
+
+    @property
+    def rollout_seed(self) -> int:
+        return stream_seed(self.args.seed, "training", self.generation_number)
 
     @contextmanager
     def model_for_sampling(self) -> Iterator[PreTrainedModel]:
@@ -253,13 +299,24 @@ class BridgeGRPOTrainer(GRPOTrainer):
             yield model
 
     def _calculate_rewards(self, *args: Any) -> Tensor:
-        start = time.perf_counter()
-        rewards = super()._calculate_rewards(*args)  # [B over all ranks, functions]
-        self._log(names.REWARD_SECONDS, time.perf_counter() - start)
-        right = split_rows(rewards[:, 0] > RIGHT, self.width)
-        self._log(names.ALL_RIGHT, right.all(1).float().mean().item())
-        self._log(names.ANY_RIGHT, right.any(1).float().mean().item())
+        if self._ready is not None:
+            rewards = self._ready.rewards
+        else:
+            start = time.perf_counter()
+            rewards = super()._calculate_rewards(*args)  # [B over all ranks, functions]
+            self.generation.reward_seconds += time.perf_counter() - start
+            if self.groups_before == 0:  # or prompts that had to be replaced would count less
+                self._log_right(rewards[:, 0] > RIGHT)
+        self._rewards = total_rewards(rewards, self.reward_weights)
         return rewards
+
+    def _log_right(self, right: Tensor) -> None:
+        """`right`: bool [B over all ranks]."""
+        groups, prompts = split_rows(right, self.width), split_rows(right, self.num_generations)
+        self._log(names.ALL_RIGHT, groups.all(1).float().mean().item())
+        self._log(names.ANY_RIGHT, groups.any(1).float().mean().item())
+        self._log(names.PROMPT_ALL_RIGHT, prompts.all(1).float().mean().item())
+        self._log(names.PROMPT_ALL_WRONG, (~prompts).all(1).float().mean().item())
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
@@ -270,6 +327,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
             rollout, reward = (sum(kept.get(name, ())) for name in (names.ROLLOUT_SECONDS, names.REWARD_SECONDS))
             for name, value in self._meter.take(rollout, reward).items():
                 self._log(name, value)
+            self._log(names.SKIPPED, self._guards.skipped)
         super().log(logs, start_time)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
@@ -367,13 +425,20 @@ class BridgeGRPOTrainer(GRPOTrainer):
             self._save_checkpoint(self.model_wrapped, None)
         except TrainingComplete:
             self.is_in_train = False
+        except Halted as why:
+            self._resume.rewind()
+            self._save_checkpoint(self.model_wrapped, None)
+            raise UserError(f"{why}, and the state before it in {self._checkpoint_path()}.") from None
         if self.stop is not None and self.stop.stopping:
             raise self._stopped()
         return result
 
     def _stopped(self) -> Stopped:
         assert self.stop is not None
-        return Stopped(self.stop.sentence(run_checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)))
+        return Stopped(self.stop.sentence(self._checkpoint_path()))
+
+    def _checkpoint_path(self) -> Path:
+        return run_checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)
 
     @property
     def resumed_here(self) -> bool:

@@ -4,7 +4,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from bridge_rl.group import prompts_of_groups, repeat_for_rows
-from bridge_rl.report import names
 from bridge_rl.rollout import Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def lockstep_rollout(prompts: list[Any], trainer: "BridgeGRPOTrainer") -> dict[s
     start = time.perf_counter()
     prompt_ids = trainer._tokenize_prompts(prompts)[0]
     per_group = prompts_of_groups(prompt_ids, trainer.width)
-    first = trainer.accelerator.process_index * len(per_group)
+    first = trainer.groups_before + trainer.accelerator.process_index * len(per_group)
     indices = range(first, first + len(per_group))
     params = SamplingParams(
         max_new_tokens=trainer.max_completion_length,
@@ -33,16 +32,10 @@ def lockstep_rollout(prompts: list[Any], trainer: "BridgeGRPOTrainer") -> dict[s
     if trainer.stop is not None:
         trainer.stop.give_up_if_asked()
 
-    seconds = time.perf_counter() - start
     tokens = [row for group in groups for row in group.tokens]
     cut = [reason == "length" for group in groups for reason in group.finish_reasons]
     group_index = repeat_for_rows(indices, trainer.width)
-    trainer._log(names.ROLLOUT_SECONDS, seconds)
-    trainer._log(names.ROLLOUT_TOKENS_PER_SECOND, sum(map(len, tokens)) / seconds)
-    trainer._log(names.ROLLOUT_TRUNCATED, sum(cut) / len(cut))
-    trainer._log(names.ROLLOUT_ROWS_PER_STEP, rollout.stats.row_steps / max(1, rollout.stats.steps))
-    trainer._log(names.ROLLOUT_CACHE_TOKENS, rollout.stats.peak_cache_tokens)
-    trainer._log(names.ROLLOUT_PREEMPTED, rollout.stats.preempted)
+    trainer.generation.add(time.perf_counter() - start, sum(map(len, tokens)), cut, rollout.stats)
     trainer._log_completion_extra("group", group_index)
     output: dict[str, list[Any]] = {
         "prompt_ids": prompt_ids,

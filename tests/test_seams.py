@@ -4,6 +4,9 @@ import inspect
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.masking_utils import create_causal_mask
@@ -18,9 +21,12 @@ from bridge_rl.trainer import BridgeGRPOTrainer
 
 OVERRIDDEN = [
     "_generate_and_score_completions",
+    "_generate",
     "_compute_loss",
     "_get_per_token_logps_and_entropies",
     "training_step",
+    "_clip_grad_norm",
+    "_get_grad_norm",
     "_calculate_rewards",
     "_get_train_sampler",
     "_save_checkpoint",
@@ -87,6 +93,37 @@ def test_a_step_ends_before_its_metrics_are_logged():
     begin, end = source.index("callback_handler.on_step_begin("), source.index("callback_handler.on_step_end(")
     assert begin < end < source.index("self._maybe_log_save_evaluate(")
     assert "self._metrics[mode].clear()" in inspect.getsource(GRPOTrainer.log)
+
+
+def test_the_norm_is_known_before_the_optimizer_steps_and_a_skipped_step_does_not_move_the_schedule():
+    source = inspect.getsource(Trainer._run_epoch)
+    parts = [
+        "self._clip_grad_norm(model)",
+        "self._get_grad_norm(model, grad_norm=grad_norm)",
+        "self.optimizer.step()",
+        "if not self.accelerator.optimizer_step_was_skipped:",
+        "self.lr_scheduler.step()",
+        "model.zero_grad()",
+    ]
+    assert [source.index(part) for part in parts] == sorted(source.index(part) for part in parts)
+    assert "return self._is_overflow" in inspect.getsource(AcceleratedOptimizer.step_was_skipped.fget)
+
+
+def test_deepspeed_leaves_out_steps_whose_norm_is_not_finite():
+    """ZeRO-1 and -2 in bf16 only if told to."""
+    condition = "self.dtype != torch.bfloat16\n                    or self.check_grad_overflow"
+    assert condition in inspect.getsource(stage_1_and_2)
+    source = inspect.getsource(stage3)
+    assert "if is_invalid_grad_norm(scaled_global_grad_norm):\n                self.overflow = True" in source
+    assert "return self.optimizer.overflow" in inspect.getsource(DeepSpeedOptimizerWrapper.step_was_skipped.fget)
+
+
+def test_what_was_generated_goes_through_two_methods():
+    """Dynamic sampling calls both, and then hands their results to the host."""
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert ") = self._generate(prompts)" in source
+    assert "self._calculate_rewards(inputs, prompts, completions, completion_ids_list)" in source
+    assert "values = self._pending_extra_logs.get(column, [None] * len(prompts))" in source
 
 
 def test_checkpoints_go_where_the_trainer_says_and_their_parts_come_in_this_order():

@@ -30,6 +30,7 @@ RUN = [
     "logging.wandb=offline",
     "logging.project=tiny",
     "warmup=null",
+    "rollout.dynamic_sampling={max_rounds: 1}",
     "evaluation.problems=2",
     "evaluation.samples=2",
 ]
@@ -113,7 +114,11 @@ def test_a_width_that_was_not_evaluated_is_found(logged):
 def test_every_metric_of_ours_has_a_panel(logged):
     shown = [panel["config"].get("metrics", []) for panel in panels_of(workspace("tiny", "team", WIDTHS))]
     shown = {metric for metrics in shown for metric in metrics}
-    ours = {*names.TRAIN, *(names.evaluation(metric, width) for metric in names.EVALUATION for width in WIDTHS)}
+    ours = {
+        *names.TRAIN,
+        *names.DYNAMIC,
+        *(names.evaluation(metric, width) for metric in names.EVALUATION for width in WIDTHS),
+    }
     assert {names.in_tracker(name) for name in ours} <= shown
 
 
@@ -123,15 +128,17 @@ def test_wandb_has_what_the_history_has(run, logged):
     assert len(steps) == 2
     assert {names.in_tracker(name) for name in steps[0] if name != "step"} <= logged
     assert {names.in_tracker(name) for name in entries[-1] if name != "step"} <= logged
-    assert set(names.TRAIN) <= set(steps[0])
+    assert {*names.TRAIN, *names.DYNAMIC} <= set(steps[0])
 
 
 def test_wandb_has_the_table_of_completions_by_group(run):
     tables = sorted(run.glob("wandb/offline-run-*/files/media/table/completions_*.table.json"))
     content = json.loads(tables[-1].read_text())
     rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
-    assert [row["group"] for row in rows] == [group for group in range(4) for _ in range(4)]
-    for group in range(4):
+    groups = [row["group"] for row in rows]
+    assert groups == [group for group in groups[::4] for _ in range(4)]
+    assert len(set(groups)) == 4
+    for group in set(groups):
         assert len({json.dumps(row["prompt"]) for row in rows if row["group"] == group}) == 1
 
 

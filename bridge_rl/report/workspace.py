@@ -81,7 +81,13 @@ def sections(widths: Sequence[int]) -> list["ws.Section"]:
             lines("entropy (nats)", "entropy"),
             lines("gradient norm", "grad_norm"),
             lines("completion length (tokens)", "completions/mean_length"),
-            lines("prompts without a signal (share)", "frac_reward_zero_std"),
+            lines(
+                "prompts without a signal (share)",
+                "frac_reward_zero_std",
+                names.PROMPT_ALL_RIGHT,
+                names.PROMPT_ALL_WRONG,
+            ),
+            lines("updates skipped", names.SKIPPED),
         ),
         section("Groups", lines("share of groups", names.ALL_RIGHT, names.ANY_RIGHT)),
         section(
@@ -116,6 +122,12 @@ def sections(widths: Sequence[int]) -> list["ws.Section"]:
                 names.UPDATE_TOKENS_PER_SECOND,
                 names.ROLLOUT_TOKENS_PER_SECOND,
             ),
+        ),
+        section(
+            "Dynamic sampling",
+            lines("prompts a generation batch", names.DYNAMIC_SAMPLED, names.DYNAMIC_DROPPED, names.DYNAMIC_UNFILLED),
+            lines("further rounds", names.DYNAMIC_ROUNDS),
+            lines("reward before and after", names.DYNAMIC_REWARD, "reward"),
         ),
         section("Memory", lines("peak (GiB)", names.PEAK_MEMORY)),
         section("Completions", wr.WeavePanelSummaryTable(table_name=names.COMPLETIONS, layout=wr.Layout(w=24, h=16))),

@@ -48,9 +48,9 @@ class SamplingParams:
             raise UserError(f"top_k is {self.top_k}: it must not be negative (0 switches it off).")
 
 
-def stream_seed(seed: int, purpose: Literal["training", "warmup", "evaluation"], number: int = 0) -> int:
+def stream_seed(seed: int, purpose: Literal["training", "warmup", "evaluation", "refill"], number: int = 0) -> int:
     """A seed for each use of a run's seed, so that no two of them draw the same uniforms. `number`: of the batch."""
-    purposes = ("training", "warmup", "evaluation")
+    purposes = ("training", "warmup", "evaluation", "refill")
     return (seed << 40) + (purposes.index(purpose) << 32) + number
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 import bridge_rl as br
-from bridge_rl.config import ModelSection, UpdateSection
+from bridge_rl.config import GuardsSection, ModelSection, UpdateSection
 from bridge_rl.group import split_rows
 from bridge_rl.models import load_tokenizer
 from bridge_rl.trainer import BridgeGRPOTrainer
@@ -98,6 +98,7 @@ def make_trainer(tokenizer, tmp_path_factory):
             width=width,
             train=train,
             update=update,
+            guards=GuardsSection(max_rollout_kl=None),  # the batches are made up
             train_dataset=Dataset.from_dict({"prompt": [f"<bos>{n}{n}:{m}=" for n in range(4) for m in (1, 22, 333)]}),
             processing_class=tokenizer,
             peft_config=LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]) if lora else None,
