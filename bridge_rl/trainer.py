@@ -143,7 +143,6 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.add_callback(self._meter)
         self.add_callback(self._resume)
         if stop is not None:
-            stop.trainer = self
             self.add_callback(stop)
 
     # -- whole groups -------------------------------------------------------------------------------------------------
