@@ -40,6 +40,7 @@ from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.report.tracking import start_tracking, trackers
+from bridge_rl.reward_errors import agreed
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.run_checkpoints import checkpoint_to_resume
 from bridge_rl.stop import Stop
@@ -90,7 +91,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     try:
         trainer = BridgeGRPOTrainer(
             model,
-            rewards,
+            [agreed(reward) for reward in rewards],
             args,
             width=recipe.rollout.width,
             train=recipe.train,

@@ -31,6 +31,7 @@ from bridge_rl.meters import StepMeter, record_norm_ratios
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
+from bridge_rl.reward_errors import RewardFailed
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
@@ -349,14 +350,17 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.state.best_model_checkpoint = None  # it would lie in the directory that is gone
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` has ended it."""
+        """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` has ended it, and
+        UserError, with everything saved, when a reward has failed."""
         self._resume.checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         result = None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except GivenUp:  # in a rollout
+        except (GivenUp, RewardFailed) as error:  # in a rollout, or behind it
             self._resume.rewind()
             self._save_checkpoint(self.model_wrapped, None)
+            if isinstance(error, RewardFailed):
+                raise UserError(f"{error} ({self._saved_to} is whole: mend it and start the same command).") from error
         except TrainingComplete:
             self.is_in_train = False
         if self.stop is not None and self.stop.stopping:
@@ -365,7 +369,11 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     def _stopped(self) -> Stopped:
         assert self.stop is not None
-        return Stopped(self.stop.sentence(run_checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)))
+        return Stopped(self.stop.sentence(self._saved_to))
+
+    @property
+    def _saved_to(self) -> Path:
+        return run_checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)
 
     @property
     def resumed_here(self) -> bool:

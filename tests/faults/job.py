@@ -113,8 +113,7 @@ def forget_the_epoch() -> None:
 
 
 def newest(argv: list[str]) -> Path:
-    [output] = [Path(option.partition("=")[2]) for option in argv if option.startswith("output_dir=")]
-    return run_checkpoints.numbered(output)[-1]
+    return run_checkpoints.numbered(output_of(argv))[-1]
 
 
 def truncate(argv: list[str]) -> None:
@@ -140,7 +139,14 @@ def fill_the_disk(argv: list[str]) -> None:
     shutil.disk_usage = usage
 
 
+def output_of(argv: list[str]) -> Path:
+    [output] = [Path(option.partition("=")[2]) for option in argv if option.startswith("output_dir=")]
+    return output
+
+
 PATCHES = {
+    "break the reward": lambda argv: (output_of(argv).parent / "broken").touch(),
+    "mend the reward": lambda argv: (output_of(argv).parent / "broken").unlink(missing_ok=True),
     "forget the epoch": lambda argv: forget_the_epoch(),
     "truncate": truncate,
     "flip a bit": flip_a_bit,
