@@ -229,7 +229,9 @@ def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..
     return update_wrapper(reward, function)
 
 
-def call_users(function: Callable[..., Any], name: str, on_what: Callable[[], str], *args: Any, **kwargs: Any) -> Any:
+def call_users(
+    function: Callable[..., Any], name: str, on_what: Callable[[], str], /, *args: Any, **kwargs: Any
+) -> Any:
     """What a function of the user's returns. Raises UserError that says where it failed and, by `on_what`, on what.
 
     The traceback of the user's own code goes to stderr before.

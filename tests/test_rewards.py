@@ -48,6 +48,12 @@ def test_a_reward_that_fails_names_its_line_and_row(tmp_path, capsys):
     assert "models.py" not in printed
 
 
+def test_columns_of_any_name_reach_a_reward(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(name, function, **kwargs):\n    return [float(x) for x in name]\n")
+    score = load(f"{tmp_path / 'mine.py'}:score")
+    assert score(completions=["a", "b"], name=["1", "2"], function=["f", "g"]) == [1.0, 2.0]
+
+
 def test_a_reward_that_fails_for_a_batch_only_names_no_row(tmp_path):
     (tmp_path / "mine.py").write_text("def score(completions, **kwargs):\n    return {1: [0.0]}[len(completions)]\n")
     with pytest.raises(UserError, match=r"KeyError in line 2 of \S+mine.py: 2$"):
