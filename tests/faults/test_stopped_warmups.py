@@ -24,8 +24,6 @@ ENDS = [
     ("SIGKILL", "after a backward of the warm-up", 2, 1),
     ("SIGINT", "after a backward of the warm-up", 4, 1),
     ("SIGKILL", "before the warm-up's optimizer state", 7, 1),
-    ("SIGKILL", "before the manifest", 9, 1),
-    ("SIGTERM", "after a backward of the warm-up", 10, 1),
 ]
 ON_TWO_RANKS = ("after a write of the warm-up", "in the rollout", "after a backward of the warm-up")
 
@@ -49,7 +47,7 @@ def test_a_warmup_that_ends_early_anywhere_ends_the_same(tmp_path, ranks):
     for (send, *where), ended in zip(ends, codes[1:-1], strict=True):
         assert -9 in ended if send == "SIGKILL" else ended == [STOPPED_CODE] * ranks, (send, where, ended, log[-3000:])
     assert re.search(r"stopped by [^:]+: \d+ of 48 warm-up problems are sampled in \S+, and the same command", log)
-    assert re.findall(r"stopped by [^:]+: \S+/checkpoint-(\d+) is whole", log) == ["5", "11"]
+    assert re.findall(r"stopped by [^:]+: \S+/checkpoint-(\d+) is whole", log) == ["5"]
     for name in ("bridge.safetensors", "groups.jsonl"):
         assert (cut / "warmup" / name).read_bytes() == (whole / "warmup" / name).read_bytes(), name
     assert len(losses(whole / "warmup")) == 12
