@@ -41,6 +41,7 @@ bench: $(READY)  ## the figures in benchmarks/results
 	$(BIN)/python benchmarks/block_cost.py
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/intervals.py
 	$(BIN)/python benchmarks/rollout_kl.py

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from functools import partial, update_wrapper
@@ -21,6 +22,7 @@ from bridge_rl.checkpoint import is_bridge_checkpoint, load_bridge, read_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.data import import_function
 from bridge_rl.errors import UserError
+from bridge_rl.reward_errors import failing_row
 from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state, has_bridge
 from bridge_rl.verify.answer import comparable_answer
 
@@ -219,8 +221,9 @@ def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..
         return partial(function, **section.kwargs)
 
     def reward(**columns: Any) -> list[float]:
-        values = call_users(function, section.function, **columns, **section.kwargs)
         rows = len(columns["completions"] if "completions" in columns else columns["completion_ids"])
+        given = {**columns, **section.kwargs}
+        values = call_users(function, section.function, lambda: failing_row(function, given, rows), **given)
         if len(values) != rows:
             raise UserError(f"{section.function} returned {len(values)} values for {rows} rows: return one a row.")
         strange = [v for v in values if v is not None and not isinstance(v, Real | np.generic | torch.Tensor)]
@@ -231,16 +234,22 @@ def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..
     return update_wrapper(reward, function)
 
 
-def call_users(function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
-    """What a function of the user's returns. Raises UserError that says where it failed."""
+def call_users(
+    function: Callable[..., Any], name: str, on_what: Callable[[], str], /, *args: Any, **kwargs: Any
+) -> Any:
+    """What a function of the user's returns. Raises UserError that says where it failed and, by `on_what`, on what.
+
+    The traceback of the user's own code goes to stderr before.
+    """
     try:
         return function(*args, **kwargs)
     except UserError:
         raise
     except Exception as error:  # whatever it raises
         frames = traceback.extract_tb(error.__traceback__)[1:]
+        print("".join(["In code of yours:\n", *traceback.format_list(frames)]), file=sys.stderr, end="", flush=True)
         place = f" in line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
-        raise UserError(f"{name} failed with {type(error).__name__}{place}: {error}") from error
+        raise UserError(f"{name} failed with {type(error).__name__}{place}{on_what()}: {error}") from error
 
 
 def find_file(path: str) -> Path | None:

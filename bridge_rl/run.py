@@ -41,11 +41,20 @@ from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.report.tracking import start_tracking, trackers
+from bridge_rl.reward_errors import agreed
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.run_checkpoints import checkpoint_to_resume
 from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer
-from bridge_rl.warmup import read_groups, sample_warmup_groups, train_blocks, usable, write_groups
+from bridge_rl.warmup import (
+    WarmupGroup,
+    WarmupStore,
+    collect_groups,
+    read_groups,
+    sample_warmup_groups,
+    train_blocks,
+    usable,
+)
 
 # Keys that decide what is in a directory; going on with others would mix two runs without a sound.
 PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
@@ -83,7 +92,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     try:
         trainer = BridgeGRPOTrainer(
             model,
-            rewards,
+            [agreed(reward) for reward in rewards],
             args,
             width=recipe.rollout.width,
             train=recipe.train,
@@ -132,9 +141,13 @@ def train(recipe: Recipe) -> dict[str, float]:
 
 
 def warm_up(recipe: Recipe) -> None:
-    """Unless this was done before: make the warm-up's data, train the new parameters, and save the Bridge."""
+    """Unless this was done before: make the warm-up's data, train the new parameters, and save the Bridge.
+
+    Cut off anywhere, it goes on where it was. Raises Stopped when a signal or the time limit has ended it.
+    """
     assert recipe.warmup is not None
-    state = PartialState(timeout=PATIENCE)
+    # Without `cpu`, ranks that torchrun has started on CPU would each believe to be alone.
+    state = PartialState(cpu=not torch.cuda.is_available() and not uses_deepspeed(), timeout=PATIENCE)
     section, directory = recipe.warmup, warmup_directory(recipe)
     if is_bridge_checkpoint(directory):
         check_same_recipe(recipe, directory, DECIDES_WARMUP)
@@ -154,31 +167,60 @@ def warm_up(recipe: Recipe) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         save_recipe(recipe, directory)
+    stop = Stop(recipe.save_before_seconds)
+    with stop.listening():
+        groups = warmup_groups(recipe, model, tokenizer, judge, stop)
+        kept = usable(groups, section)
+        if state.is_main_process:
+            right, rows = sum(sum(group.correct) for group in groups), sum(len(group.correct) for group in groups)
+            print(
+                f"warm-up: {right / rows:.1%} of the base's completions are right; {len(kept)} of {len(groups)} "
+                "problems used",
+                flush=True,
+            )
+        args = warmup_arguments(recipe)
+        history = train_blocks(model, kept, args, [RewardProgress("warm-up")], stop)
+    if state.is_main_process:
+        write_history(history, directory)
+        save_bridge(model, directory)  # the last: it says that the warm-up is done
+        shutil.rmtree(args.output_dir, ignore_errors=True)
+    state.wait_for_everyone()
+
+
+def warmup_groups(recipe: Recipe, model: Any, tokenizer: Any, judge: Judge, stop: Stop) -> list[WarmupGroup]:
+    """The base's completions: those in the file, or sampled into it. Raises Stopped when `stop` has ended that."""
+    section, directory = recipe.warmup, warmup_directory(recipe)
+    assert section is not None
     path = Path(section.path) if section.path else directory / "groups.jsonl"
     if path.is_file():
-        groups = read_groups(path)
-    else:
-        rows = load_prompts(recipe, section.data or recipe.data.train, "warmup.data", tokenizer).to_list()
-        rows = rows[: section.problems]
-        with Bar("warm-up samples", len(rows) // state.num_processes) as bar:
-            limit = recipe.rollout.max_new_tokens
-            groups = sample_warmup_groups(
-                model, tokenizer, rows, judge, section, limit, recipe.rollout.max_rows, recipe.seed, bar.update
-            )
-        if state.is_main_process:
-            write_groups(path, groups)
-    kept = usable(groups, section)
-    if state.is_main_process:
-        share = sum(sum(group.correct) for group in groups) / sum(len(group.correct) for group in groups)
-        print(f"warm-up: {share:.1%} of the base's completions are right; {len(kept)} of {len(groups)} problems used")
-    args = TrainingArguments(
-        output_dir=str(directory / "trainer"),
+        return read_groups(path)
+    rows = load_prompts(recipe, section.data or recipe.data.train, "warmup.data", tokenizer).to_list()
+    rows = rows[: section.problems]
+    store, limit = WarmupStore(directory / "sampled"), recipe.rollout.max_new_tokens
+    with Bar("warm-up samples", len(rows) // PartialState().num_processes) as bar:
+        options = (section, limit, recipe.rollout.max_rows, recipe.seed, store, stop.asked, bar.update)
+        sample_warmup_groups(model, tokenizer, rows, judge, *options)
+    if stop.agree(stop.asked()):
+        raise Stopped(
+            f"stopped by {stop.stopping}: {len(store.read())} of {len(rows)} warm-up problems are sampled in "
+            f"{store.directory}, and the same command goes on from them"
+        )
+    return collect_groups(store, len(rows), path)
+
+
+def warmup_arguments(recipe: Recipe) -> TrainingArguments:
+    """Of the warm-up's SFT, which saves every tenth of its steps if the run saves any."""
+    section = recipe.warmup
+    assert section is not None
+    return TrainingArguments(
+        output_dir=str(warmup_directory(recipe) / "trainer"),
         max_steps=section.steps,
         per_device_train_batch_size=section.groups_per_step,
         learning_rate=section.learning_rate,
         lr_scheduler_type="cosine",
         logging_steps=max(1, section.steps // 20),
-        save_strategy="no",
+        save_strategy="no" if recipe.training.get("save_strategy") == "no" else "steps",
+        save_steps=max(1, section.steps // 10),
         report_to=[],
         seed=recipe.seed,
         remove_unused_columns=False,
@@ -186,11 +228,6 @@ def warm_up(recipe: Recipe) -> None:
         gradient_checkpointing=recipe.training.get("gradient_checkpointing", True),
         **device_arguments(recipe),
     )
-    history = train_blocks(model, kept, args, [RewardProgress("warm-up")])
-    if state.is_main_process:
-        save_bridge(model, directory)
-        write_history(history, directory)
-    state.wait_for_everyone()
 
 
 def warmup_directory(recipe: Recipe) -> Path:

@@ -53,6 +53,11 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
         yield "training.accelerator_config.split_batches is on: it cuts batches inside groups, leave it off."
     if options.get("fsdp"):
         yield "training.fsdp is set: leave it out, and launch with --config_file launch/accelerate/fsdp2.yaml."
+    if options.get("push_to_hub") and options.get("hub_strategy", "every_save") != "end":
+        yield (
+            "training.push_to_hub with a training.hub_strategy other than 'end' uploads checkpoints while they are "
+            "renamed, and without the Bridge: set training.hub_strategy=end, which uploads the trained model."
+        )
     for key in ("per_device_train_batch_size", "num_generations"):
         value = options.get(key)
         if value is not None and value % width != 0:

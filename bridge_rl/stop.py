@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl
 
 from bridge_rl.errors import UserError
-
-if TYPE_CHECKING:
-    from bridge_rl.trainer import BridgeGRPOTrainer
 
 ECHO_SECONDS = 1.0  # within which a second SIGINT is the launcher's copy of the first
 BYTES_PER_SECOND = 2e8  # of a save, until one has been timed: a slow disk
@@ -53,7 +52,6 @@ class Stop(TrainerCallback):
         self.saves: list[float] = []  # seconds each took
         self.save_bytes = 0
         self.longest_step = self.longest_update = self.step_began = self.update_began = self.signalled = 0.0
-        self.trainer: BridgeGRPOTrainer | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -80,9 +78,8 @@ class Stop(TrainerCallback):
 
     def agree(self, asked: bool) -> bool:
         """Whether any rank is asked to stop: called by all at the same point, so that none waits for one that left."""
-        assert self.trainer is not None
-        flag = torch.tensor(int(asked), device=self.trainer.args.device)
-        if self.trainer.accelerator.reduce(flag, reduction="sum").item() > 0:
+        flag = torch.tensor(int(asked), device=PartialState().device)
+        if reduce(flag, reduction="sum").item() > 0:
             self.stopping = self.signal or ("save_before" if asked else "what another rank was sent")
             return True
         return False

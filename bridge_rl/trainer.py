@@ -34,6 +34,7 @@ from bridge_rl.models import uses_fsdp
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
+from bridge_rl.reward_errors import RewardFailed
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
@@ -161,7 +162,6 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.add_callback(self._meter)
         self.add_callback(self._resume)
         if stop is not None:
-            stop.trainer = self
             self.add_callback(stop)
 
     # -- whole groups -------------------------------------------------------------------------------------------------
@@ -415,29 +415,30 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.state.best_model_checkpoint = None  # it would lie in the directory that is gone
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` has ended it."""
+        """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` has ended it, and
+        UserError, likewise, when a reward has failed or a guard forbids an update."""
         self._resume.checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         result = None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except GivenUp:  # in a rollout
+        except (GivenUp, RewardFailed, Halted) as why:  # in a rollout, behind it, or before an update
             self._resume.rewind()
             self._save_checkpoint(self.model_wrapped, None)
+            if not isinstance(why, GivenUp):
+                cure = f"{self._saved_to} is whole: when the cause is mended, the same command goes on"
+                raise UserError(f"{why} ({cure}).") from why
         except TrainingComplete:
             self.is_in_train = False
-        except Halted as why:
-            self._resume.rewind()
-            self._save_checkpoint(self.model_wrapped, None)
-            raise UserError(f"{why}, and the state before it in {self._checkpoint_path()}.") from None
         if self.stop is not None and self.stop.stopping:
             raise self._stopped()
         return result
 
     def _stopped(self) -> Stopped:
         assert self.stop is not None
-        return Stopped(self.stop.sentence(self._checkpoint_path()))
+        return Stopped(self.stop.sentence(self._saved_to))
 
-    def _checkpoint_path(self) -> Path:
+    @property
+    def _saved_to(self) -> Path:
         return run_checkpoints.path_of(Path(self.args.output_dir), self.state.global_step)
 
     @property

@@ -48,12 +48,17 @@ def parts_of(
 def rows_of_parts(
     prompt_mask: Tensor, completion_mask: Tensor, width: int, options: UpdateSection, accelerator: Accelerator
 ) -> list[Tensor]:
-    """The rows of each part, equally many parts on every rank: those that share a model run each pass together."""
-    groups = cut_groups(prompt_mask, completion_mask, width, options.token_budget, options.share_prompt)
-    if options.token_budget is not None:
-        count = accelerator.gather(torch.tensor([len(groups)], device=accelerator.device)).max()
-        groups = split_to(groups, int(count))
-    return [rows_of(part, width, prompt_mask.device) for part in groups]
+    """The rows of each part: the groups sorted by their length and cut at the budget, as many in a part on every rank.
+
+    Ranks that share a model run each pass together, and TRL gathers metrics of the rows that it is given.
+    """
+    if options.token_budget is None:
+        return [torch.arange(len(prompt_mask), device=prompt_mask.device)]
+    sizes = sizes_of_groups(prompt_mask, completion_mask, width)
+    order = sizes[:, 2 if options.share_prompt else 1].argsort(descending=True, stable=True)
+    of_ranks = accelerator.gather(sizes[order][None]).tolist()  # [ranks, G, 3]
+    counts = cut_groups(of_ranks, width, options.token_budget, options.share_prompt)
+    return [rows_of(part, width) for part in order.split(counts)]
 
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -69,48 +74,36 @@ def trim(inputs: dict[str, Any]) -> dict[str, Any]:
     return trimmed
 
 
-def cut_groups(
-    prompt_mask: Tensor, completion_mask: Tensor, width: int, budget: int | None, packed: bool
-) -> list[list[int]]:
-    """Groups in parts that are computed one after the other, each within `budget` tokens or one group large.
-
-    Groups are sorted by their length, so that little is padded. What counts are the tokens computed: all that a part
-    holds if it is `packed`, else its rows at the longest's length. No budget: one part, in the given order.
-    """
-    groups = len(prompt_mask) // width
-    if budget is None:
-        return [list(range(groups))]
-    prompts = split_rows(prompt_mask, width).sum(-1)[:, 0].tolist()
+def sizes_of_groups(prompt_mask: Tensor, completion_mask: Tensor, width: int) -> Tensor:
+    """int64 [G, 3]: tokens of a group's prompt, of its longest completion, and of all its completions."""
+    prompts = split_rows(prompt_mask, width).sum(-1)[:, 0]
     lengths = split_rows(completion_mask, width).sum(-1)  # [G, N]
-    longest, total = lengths.amax(1).tolist(), lengths.sum(1).tolist()
+    return torch.stack([prompts, lengths.amax(1), lengths.sum(1)], dim=1)
 
-    def cost(part: list[int]) -> int:
-        if packed:
-            return sum(prompts[g] + total[g] for g in part)
-        return width * len(part) * (max(prompts[g] for g in part) + max(longest[g] for g in part))
 
-    parts: list[list[int]] = []
-    for group in sorted(range(groups), key=lambda g: total[g] if packed else longest[g], reverse=True):
-        if parts and cost([*parts[-1], group]) <= budget:
-            parts[-1].append(group)
+def cut_groups(sizes: list[list[list[int]]], width: int, budget: int, packed: bool) -> list[int]:
+    """How many groups each part has, of those of `sizes_of_groups` on every rank: within `budget` tokens on all of
+    them, or one.
+
+    What counts are the tokens computed: all that a part holds if it is `packed`, else its rows at the longest's length.
+    """
+
+    def cost(part: list[list[int]]) -> int:
+        prompts, longest, total = zip(*part, strict=True)
+        return sum(prompts) + sum(total) if packed else width * len(part) * (max(prompts) + max(longest))
+
+    counts: list[int] = []
+    for place in range(len(sizes[0])):
+        if counts and max(cost(rank[place - counts[-1] : place + 1]) for rank in sizes) <= budget:
+            counts[-1] += 1
         else:
-            parts.append([group])
-    return parts
+            counts.append(1)
+    return counts
 
 
-def split_to(parts: list[list[int]], count: int) -> list[list[int]]:
-    """The parts, the largest ones halved until there are `count`: ranks that share a model run equally many."""
-    parts = list(parts)
-    while len(parts) < count:
-        largest = max(range(len(parts)), key=lambda n: len(parts[n]))
-        part = parts.pop(largest)
-        parts[largest:largest] = [part[: len(part) // 2], part[len(part) // 2 :]]
-    return parts
-
-
-def rows_of(groups: list[int], width: int, device: torch.device) -> Tensor:
+def rows_of(groups: Tensor, width: int) -> Tensor:
     """int64 [B']: the rows of some groups, in their order."""
-    return (torch.tensor(groups, device=device)[:, None] * width + torch.arange(width, device=device)).flatten()
+    return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
 
 
 def take_rows(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -6,6 +6,8 @@ paper) a group holds the wrong completions too, and the loss is on the right one
 """
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -24,15 +26,19 @@ from transformers import (
     TrainingArguments,
 )
 
+from bridge_rl import run_checkpoints
+from bridge_rl.checkpoint import WEIGHTS_FILE, load_blocks, read_blocks, save_blocks
 from bridge_rl.config import WarmupSection
 from bridge_rl.data import prompt_tokens
-from bridge_rl.errors import UserError
+from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.judge import Judge
-from bridge_rl.evaluation.run import eos_ids
+from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches, eos_ids
+from bridge_rl.evaluation.samples import drop_half_line
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
-from bridge_rl.rollout import RolloutOptions, SamplingParams, generate_groups
+from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
-from bridge_rl.surgery import disable_bridge, freeze_base
+from bridge_rl.stop import Stop
+from bridge_rl.surgery import bridge_parameters, disable_bridge, freeze_base
 
 IGNORED = -100
 PROBLEMS_PER_CALL = 16
@@ -49,6 +55,36 @@ class WarmupGroup:
     correct: list[bool]
 
 
+class WarmupStore:
+    """Groups on disk as they end, one file a rank, so that sampling that was cut off goes on where it was."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        state = PartialState()
+        self.path = directory / f"rank_{state.process_index}.jsonl"
+        directory.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            for path in directory.glob("rank_*.jsonl"):  # the last line that a kill has cut
+                drop_half_line(path)
+        state.wait_for_everyone()
+
+    def append(self, groups: dict[int, WarmupGroup]) -> None:
+        """By the number of the problem; written through to the disk before it returns."""
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps({"number": n, **asdict(group)}) + "\n" for n, group in groups.items()))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> dict[int, WarmupGroup]:
+        """Those of all ranks, in the order of the problems. Raises UserError naming a damaged line."""
+        found = {}
+        for path in sorted(self.directory.glob("rank_*.jsonl")):
+            for content in read_lines(path):
+                number = content.pop("number")
+                found[number] = WarmupGroup(**content)
+        return dict(sorted(found.items()))
+
+
 def sample_warmup_groups(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,48 +94,85 @@ def sample_warmup_groups(
     max_new_tokens: int,
     max_rows: int | None,
     seed: int,
+    store: WarmupStore,
+    cancelled: Callable[[], bool],
     progress: Callable[[int], object] = lambda done: None,
-) -> list[WarmupGroup]:
-    """Completions of the base for every problem, in order, sampled by all ranks together."""
+) -> None:
+    """This rank's share of the problems that `store` does not hold yet, until all is there or `cancelled`."""
     state = PartialState()
     params = SamplingParams(
         section.max_new_tokens or max_new_tokens,
         seed=stream_seed(seed, "warmup"),
         eos_token_id=eos_ids(model, tokenizer),
     )
-    mine = list(range(state.process_index, len(rows), state.num_processes))
-    sampled = []
+    options = RolloutOptions(max_rows=max_rows, cancelled=cancelled)
+    done = store.read().keys()
+    state.wait_for_everyone()  # all have read before one writes
+    mine = range(state.process_index, len(rows), state.num_processes)
     with disable_bridge(model):
         for start in range(0, len(mine), PROBLEMS_PER_CALL):
-            numbers = mine[start : start + PROBLEMS_PER_CALL]
-            chosen = [rows[n] for n in numbers]
-            prompts = prompt_tokens(tokenizer, [row["prompt"] for row in chosen])
-            options = RolloutOptions(max_rows=max_rows)
-            groups = generate_groups(model, prompts, section.samples, params, numbers, options=options)
-            tokens = [group.tokens for group in groups]
-            texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
-            judged = [group.correct for group in judge(chosen, texts, tokens)]
-            for number, *made in zip(numbers, prompts, tokens, texts, judged, strict=True):
-                sampled.append((number, WarmupGroup(rows[number]["problem"], *made)))
-            progress(len(numbers))
-    return [group for _, group in sorted(gather_object(sampled), key=lambda pair: pair[0])]
+            numbers = [number for number in mine[start : start + PROBLEMS_PER_CALL] if number not in done]
+            prompts = prompt_tokens(tokenizer, [rows[n]["prompt"] for n in numbers]) if numbers else []
+            rollout = Rollout(model, prompts, section.samples, params, numbers, options=options)
+            ended = (pair for pair in rollout.stream() if "abort" not in pair[1].finish_reasons)
+            for batch in batches(ended, max(1, ROWS_PER_WRITE // section.samples)):
+                places = [place for place, _ in batch]
+                chosen, tokens = [rows[numbers[place]] for place in places], [group.tokens for _, group in batch]
+                texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
+                judged = [group.correct for group in judge(chosen, texts, tokens)]
+                made = zip((prompts[place] for place in places), tokens, texts, judged, strict=True)
+                store.append(
+                    {
+                        numbers[place]: WarmupGroup(row["problem"], *group)
+                        for place, row, group in zip(places, chosen, made, strict=True)
+                    }
+                )
+            progress(min(PROBLEMS_PER_CALL, len(mine) - start))
+    state.wait_for_everyone()
+
+
+def collect_groups(store: WarmupStore, num_problems: int, path: Path) -> list[WarmupGroup]:
+    """All groups, on every rank, from `path` on, into which the store is emptied.
+
+    Raises UserError where a part is missing, as on nodes that do not share a disk.
+    """
+    state, groups = PartialState(), None
+    if state.is_main_process:
+        groups = list(store.read().values())
+        if len(groups) < num_problems:
+            raise UserError(
+                f"{store.directory} holds {len(groups)} of {num_problems} warm-up problems after sampling: all ranks "
+                "must write to one disk, so name an output directory that every node shares."
+            )
+        write_groups(path, groups)
+        shutil.rmtree(store.directory)
+    return broadcast_object_list([groups])[0]
 
 
 def write_groups(path: Path, groups: Sequence[WarmupGroup]) -> None:
-    """One problem a line."""
+    """One problem a line; the file is there when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(group)) + "\n" for group in groups))
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(asdict(group)) + "\n" for group in groups))
+    partial.replace(path)
 
 
 def read_groups(path: Path) -> list[WarmupGroup]:
     """Inverse of `write_groups`. Raises UserError naming a damaged line."""
-    groups = []
+    return [WarmupGroup(**content) for content in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The content of each line, which is a group and may have a number. Raises UserError naming a damaged one."""
+    lines = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            groups.append(WarmupGroup(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
+            content = json.loads(line)
+            WarmupGroup(**{key: value for key, value in content.items() if key != "number"})
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}, is no warm-up group ({error}): delete the file.") from error
-    return groups
+        lines.append(content)
+    return lines
 
 
 def usable(groups: Sequence[WarmupGroup], section: WarmupSection) -> list[WarmupGroup]:
@@ -154,15 +227,66 @@ def collate(groups: Sequence[WarmupGroup]) -> dict[str, Tensor]:
     }
 
 
+class BlockTrainer(Trainer):
+    """SFT of the blocks. Its checkpoints hold them alone, and have their name when they are whole (run_checkpoints)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._staging: Path | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        assert output_dir is not None
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_blocks(self.accelerator.unwrap_model(self.model).state_dict(), Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint)
+        load_blocks(self.accelerator.unwrap_model(model or self.model), read_blocks(path / WEIGHTS_FILE), path)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output, step = Path(self.args.output_dir), self.state.global_step
+        if run_checkpoints.path_of(output, step).is_dir():  # saved already, and then asked to stop
+            return
+        blocks = bridge_parameters(self.accelerator.unwrap_model(self.model))
+        size = 3 * sum(p.numel() * p.element_size() for _, p in blocks)  # with Adam's two moments
+        with run_checkpoints.writing(output, step, size, keep=1) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+
+
 def train_blocks(
     model: PreTrainedModel,
     groups: Sequence[WarmupGroup],
     args: TrainingArguments,
     callbacks: list[TrainerCallback],
+    stop: Stop | None = None,
 ) -> list[dict[str, float]]:
-    """SFT of the blocks on `groups` (those `usable`), the base frozen; returns the log history."""
+    """SFT of the blocks on `groups` (those `usable`), the base frozen; returns the log history.
+
+    Goes on from the last good checkpoint in `args.output_dir`. Raises Stopped, with everything saved, when `stop` has
+    ended it.
+    """
     freeze_base(model)
-    trainer = Trainer(model=model, args=args, train_dataset=list(groups), data_collator=collate, callbacks=callbacks)
+    output = Path(args.output_dir)
+    checkpoint = run_checkpoints.checkpoint_to_resume("auto", output)
+    trainer = BlockTrainer(
+        model=model,
+        args=args,
+        train_dataset=list(groups),
+        data_collator=collate,
+        callbacks=[*callbacks, *([stop] if stop else [])],
+    )
     trainer.remove_callback(PrinterCallback)  # the callbacks given show progress
-    trainer.train()
+    if checkpoint is None or run_checkpoints.step_of(checkpoint) < args.max_steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    else:
+        trainer._load_from_checkpoint(str(checkpoint))
+    if stop is not None and stop.stopping:
+        raise Stopped(stop.sentence(run_checkpoints.path_of(output, trainer.state.global_step)))
     return trainer.state.log_history

@@ -30,6 +30,36 @@ def test_answers_of_both_kinds_of_completion_are_judged_and_their_failures_logge
     assert logged == {"verify/timeout": 0.0, "verify/error": 0.0, "verify/unparsed": 0.25}
 
 
+def test_a_reward_that_fails_names_its_line_and_row(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text("def inverse(text):\n    return 1 / int(text)\n\ndef score(completions, log_extra, **kwargs):\n")
+    with path.open("a") as file:
+        file.write("    log_extra('seen', completions)\n    return [inverse(text) for text in completions]\n")
+    logged = []
+    with pytest.raises(UserError) as raised:
+        load(f"{path}:score")(completions=["1", "2", "0", "0"], log_extra=lambda *args: logged.append(args))
+    assert str(raised.value) == (
+        f"{path}:score failed with ZeroDivisionError in line 2 of {path} at row 2 ('0'): division by zero"
+    )
+    assert len(logged) == 1  # not again for the rows that are tried alone
+    printed = capsys.readouterr().err
+    assert "line 6, in score" in printed
+    assert "line 2, in inverse" in printed
+    assert "models.py" not in printed
+
+
+def test_columns_of_any_name_reach_a_reward(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(name, function, **kwargs):\n    return [float(x) for x in name]\n")
+    score = load(f"{tmp_path / 'mine.py'}:score")
+    assert score(completions=["a", "b"], name=["1", "2"], function=["f", "g"]) == [1.0, 2.0]
+
+
+def test_a_reward_that_fails_for_a_batch_only_names_no_row(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(completions, **kwargs):\n    return {1: [0.0]}[len(completions)]\n")
+    with pytest.raises(UserError, match=r"KeyError in line 2 of \S+mine.py: 2$"):
+        load(f"{tmp_path / 'mine.py'}:score")(completions=["1", "2"])
+
+
 def test_timeouts_and_bad_gold_are_logged_by_name():
     logged: dict[str, float] = {}
     score = load("rewards/answer.py:correct", timeout_s=1.0)

@@ -89,17 +89,11 @@ def test_any_rank_stops_all(monkeypatch):
     """The sum over ranks decides: here another one was asked, and this one not."""
     stop = Stop()
 
-    class Trainer:
-        class args:  # noqa: N801
-            device = "cpu"
+    def reduce(flag, reduction):
+        assert reduction == "sum"
+        return flag + others
 
-        class accelerator:  # noqa: N801
-            @staticmethod
-            def reduce(flag, reduction):
-                assert reduction == "sum"
-                return flag + others
-
-    stop.trainer = Trainer
+    monkeypatch.setattr(stop_module, "reduce", reduce)
     control = TrainerControl()
     others = 0
     stop.on_step_end(None, None, control)

@@ -1,5 +1,7 @@
 """Cutting and trimming a micro-batch, and packing groups, on hand-made lengths."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from bridge_rl.config import UpdateSection
 from bridge_rl.packed import pack_groups
 from bridge_rl.packed_forward import packed_attention
-from bridge_rl.update import cut_groups, rows_of, split_to, take_rows, trim
+from bridge_rl.update import cut_groups, rows_of, rows_of_parts, sizes_of_groups, take_rows, trim
 
 
 def right(lengths, columns=None):
@@ -19,31 +21,51 @@ PROMPTS = right([3, 3, 1, 1, 2, 2]).flip(1)  # padded on the left
 LENGTHS = [2, 1, 4, 1, 3, 3]
 
 
+def parts_of_ranks(completions, budget, packed):
+    """By rank: the groups of each part, when each has the prompts PROMPTS and its own completions."""
+    section, by = UpdateSection(token_budget=budget, share_prompt=packed), 2 if packed else 1
+    sizes = [sizes_of_groups(PROMPTS, rows, 2) for rows in completions]
+    gathered = torch.stack([rank[rank[:, by].argsort(descending=True, stable=True)] for rank in sizes])
+    accelerator = SimpleNamespace(gather=lambda mine: gathered)
+    cut = [rows_of_parts(PROMPTS, rows, 2, section, accelerator) for rows in completions]
+    return [[(part[::2] // 2).tolist() for part in parts] for parts in cut]
+
+
 def test_groups_are_sorted_by_length_and_cut_at_the_budget():
     # Tokens packed: 3+3, 1+5, 2+6; padded: 2*(3+2), 2*(1+4), 2*(2+3).
-    completions = right(LENGTHS)
-    assert cut_groups(PROMPTS, completions, 2, None, packed=True) == [[0, 1, 2]]
-    assert cut_groups(PROMPTS, completions, 2, 14, packed=True) == [[2, 1], [0]]
-    assert cut_groups(PROMPTS, completions, 2, 13, packed=True) == [[2], [1, 0]]
-    assert cut_groups(PROMPTS, completions, 2, 1, packed=True) == [[2], [1], [0]]
-    assert cut_groups(PROMPTS, completions, 2, 24, packed=False) == [[1, 2], [0]]
-    assert cut_groups(PROMPTS, completions, 2, 23, packed=False) == [[1], [2], [0]]
+    completions = [right(LENGTHS)]
+    assert parts_of_ranks(completions, None, packed=True) == [[[0, 1, 2]]]
+    assert parts_of_ranks(completions, 14, packed=True) == [[[2, 1], [0]]]
+    assert parts_of_ranks(completions, 13, packed=True) == [[[2], [1, 0]]]
+    assert parts_of_ranks(completions, 1, packed=True) == [[[2], [1], [0]]]
+    assert parts_of_ranks(completions, 24, packed=False) == [[[1, 2], [0]]]
+    assert parts_of_ranks(completions, 23, packed=False) == [[[1], [2], [0]]]
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 60), st.booleans(), st.data())
-def test_any_cut_has_every_group_once_and_keeps_the_budget(longest, budget, packed, data):
-    lengths = [n for length in longest for n in (length, 1)]
-    prompts, completions = right([2] * len(lengths)), right(lengths, 9)
-    parts = cut_groups(prompts, completions, 2, budget, packed)
-    count = data.draw(st.integers(len(parts), len(longest)))
-    for cut in (parts, split_to(parts, count)):
-        assert sorted(g for part in cut for g in part) == list(range(len(longest)))
-        assert all(cut)
-    assert len(split_to(parts, count)) == count
-    for part in parts:
-        most = max(longest[g] for g in part)
-        tokens = sum(2 + longest[g] + 1 for g in part) if packed else 2 * len(part) * (2 + most)
-        assert tokens <= budget or len(part) == 1
+def test_parts_have_as_many_groups_on_every_rank():
+    """The second rank's are 3+2, 1+2, 2+8: alone it would cut them into [2], [0, 1] at 13, and at 14 too."""
+    completions = [right(LENGTHS), right([1, 1, 1, 1, 4, 4])]
+    assert parts_of_ranks(completions, 13, packed=True) == [[[2], [1, 0]], [[2], [0, 1]]]
+    assert parts_of_ranks(completions, 14, packed=True) == [[[2], [1, 0]], [[2], [0, 1]]]
+    assert parts_of_ranks(completions, 15, packed=True) == [[[2, 1], [0]], [[2, 0], [1]]]
+
+
+GROUP = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(9, 18)).map(list)
+
+
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 80), st.booleans(), st.data())
+def test_any_cut_has_every_group_once_and_keeps_the_budget_on_every_rank(groups, ranks, budget, packed, data):
+    sizes = data.draw(st.lists(st.lists(GROUP, min_size=groups, max_size=groups), min_size=ranks, max_size=ranks))
+    counts = cut_groups(sizes, 2, budget, packed)
+    assert sum(counts) == groups
+    assert all(counts)
+    for rank in sizes:
+        start = 0
+        for count in counts:
+            prompts, longest, total = zip(*rank[start : start + count], strict=True)
+            tokens = sum(prompts) + sum(total) if packed else 2 * count * (max(prompts) + max(longest))
+            assert tokens <= budget or count == 1
+            start += count
 
 
 def test_a_part_is_trimmed_to_its_own_longest_rows():
@@ -57,7 +79,7 @@ def test_a_part_is_trimmed_to_its_own_longest_rows():
         "old_per_token_logps": -ids.float(),
         "num_items_in_batch": torch.tensor(14),
     }
-    part = trim(take_rows(batch, rows_of([2], 2, "cpu")))
+    part = trim(take_rows(batch, rows_of(torch.tensor([2]), 2)))
     assert part["prompt_ids"].tolist() == [[13, 14], [16, 17]]
     assert part["completion_ids"].tolist() == [[16, 17, 18], [20, 21, 22]]
     assert part["old_per_token_logps"].shape == (2, 3)

@@ -9,11 +9,15 @@ import bridge_rl as br
 from bridge_rl.config import ModelSection, WarmupSection
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.judge import Judge
+from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.models import load_model, load_tokenizer
+from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.tiny import is_correct, make_problems
 from bridge_rl.warmup import (
     WarmupGroup,
+    WarmupStore,
     collate,
+    collect_groups,
     read_groups,
     sample_warmup_groups,
     train_blocks,
@@ -115,12 +119,19 @@ def test_the_base_samples_the_data_and_the_file_gives_it_back(tmp_path):
     def reward(completions, problem, **kwargs):
         return [float(is_correct(p, c[-1]["content"])) for p, c in zip(problem, completions, strict=True)]
 
-    groups = sample_warmup_groups(model, tokenizer, rows, Judge(reward, str), SECTION, 32, None, seed=0)
+    store = WarmupStore(tmp_path / "sampled")
+    sample_warmup_groups(model, tokenizer, rows, Judge(reward, str), SECTION, 32, None, 0, store, lambda: False)
+    groups = list(store.read().values())
     assert [g.problem for g in groups] == texts
+    params = br.SamplingParams(32, seed=stream_seed(0, "warmup"), eos_token_id=eos_ids(model, tokenizer))
+    with br.disable_bridge(model):
+        sampled = br.generate_groups(model, [g.prompt_ids for g in groups], 4, params)
+    assert [g.completion_ids for g in groups] == [g.tokens for g in sampled]
     assert all(len(g.completions) == 4 for g in groups)
     for g in groups:
         assert g.correct == [is_correct(g.problem, text) for text in g.completions]
-    write_groups(tmp_path / "groups.jsonl", groups)
+    assert collect_groups(store, 3, tmp_path / "groups.jsonl") == groups
+    assert not store.directory.exists()
     assert read_groups(tmp_path / "groups.jsonl") == groups
 
 

@@ -56,7 +56,7 @@ def load_chooser(named: str) -> Chooser:
 
     @wraps(function)
     def choose(rows: list[dict[str, Any]]) -> int | str | None:
-        return call_users(function, named, rows)
+        return call_users(function, named, lambda: "", rows)
 
     return choose
 

@@ -24,12 +24,13 @@ from bridge_rl.cli import main
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.rollout import Rollout
 from bridge_rl.trainer import BridgeGRPOTrainer, EpochSampler
+from bridge_rl.warmup import BlockTrainer, WarmupStore
 
-TRAINER: list[BridgeGRPOTrainer] = []
+TRAINER: list[BridgeGRPOTrainer | BlockTrainer] = []  # the last one runs
 
 
 def step() -> int:
-    return TRAINER[0].state.global_step if TRAINER else 0
+    return TRAINER[-1].state.global_step if TRAINER else 0
 
 
 def hook(owner: Any, name: str, action: Callable[..., None], after: bool = False) -> None:
@@ -64,6 +65,9 @@ POINTS = {
     "before the deletion": (run_checkpoints, "_rotate", False),
     "in the evaluation": (SampleStore, "append", True),
     "after the training": (BridgeGRPOTrainer, "save_model", False),
+    "after a write of the warm-up": (WarmupStore, "append", True),
+    "after a backward of the warm-up": (BlockTrainer, "training_step", True),
+    "before the warm-up's optimizer state": (BlockTrainer, "_save_optimizer_and_scheduler", False),
 }
 HALF_FILE = "in a file"
 
@@ -76,7 +80,7 @@ def arm(point: str, at: int, count: int, send: int = signal.SIGKILL) -> None:
         nonlocal seen
         seen += step() == at
         if seen == count and step() == at:
-            print(f"signal {send} at micro-step {TRAINER[0]._step}", flush=True)
+            print(f"signal {send} at micro-step {getattr(TRAINER[-1], '_step', None) if TRAINER else None}", flush=True)
             os.kill(os.getpid(), send)
 
     def cut(path: Path) -> None:
@@ -109,8 +113,7 @@ def forget_the_epoch() -> None:
 
 
 def newest(argv: list[str]) -> Path:
-    [output] = [Path(option.partition("=")[2]) for option in argv if option.startswith("output_dir=")]
-    return run_checkpoints.numbered(output)[-1]
+    return run_checkpoints.numbered(output_of(argv))[-1]
 
 
 def truncate(argv: list[str]) -> None:
@@ -136,7 +139,14 @@ def fill_the_disk(argv: list[str]) -> None:
     shutil.disk_usage = usage
 
 
+def output_of(argv: list[str]) -> Path:
+    [output] = [Path(option.partition("=")[2]) for option in argv if option.startswith("output_dir=")]
+    return output
+
+
 PATCHES = {
+    "break the reward": lambda argv: (output_of(argv).parent / "broken").touch(),
+    "mend the reward": lambda argv: (output_of(argv).parent / "broken").unlink(missing_ok=True),
     "forget the epoch": lambda argv: forget_the_epoch(),
     "truncate": truncate,
     "flip a bit": flip_a_bit,
@@ -152,7 +162,8 @@ def child(run: dict[str, Any], rank: int, ranks: int, port: int, log: str) -> No
     if ranks > 1:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in world.items()}}
-    hook(BridgeGRPOTrainer, "__init__", lambda self, *args, **kwargs: TRAINER.append(self), after=True)
+    for trainer in (BlockTrainer, BridgeGRPOTrainer):
+        hook(trainer, "__init__", lambda self, *args, **kwargs: TRAINER.append(self), after=True)
     if run.get("patch"):
         PATCHES[run["patch"]](run["argv"])
     if run.get("point") and rank == run.get("rank", 0):

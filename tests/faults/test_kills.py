@@ -136,6 +136,28 @@ def test_damaged_checkpoints_and_a_full_disk_change_nothing(whole, tmp_path):
     assert_same(tmp_path / "out", whole)
 
 
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        (["train=lora", "lora.dropout=0.1", "training.beta=0.1"], "adapter_model.safetensors"),
+        (["train=full", "training.beta=0.1"], "model.safetensors"),  # with a reference that is a model of its own
+    ],
+    ids=["lora", "full"],
+)
+def test_kills_of_lora_and_beside_a_reference_change_nothing(tmp_path, options, file):
+    kills = [
+        {"point": "in the rollout", "step": 4, "count": 3},
+        {"point": "before the manifest", "step": 6},
+    ]
+    options = [*options, "training.max_steps=10", "training.logging_steps=2"]
+    codes = run_all(tmp_path, [*runs(tmp_path / "whole", [], *options), *runs(tmp_path / "killed", kills, *options)])
+    assert codes == [[0], [-9], [-9], [0]], (tmp_path / "log.txt").read_text()[-3000:]
+    assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    assert all(entry["kl"] > 0 for entry in history(tmp_path / "whole")[2:] if "kl" in entry)
+    assert any("kl" in entry for entry in history(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_kills_under_zero_change_nothing(tmp_path, stage):
     options = ["training.per_device_train_batch_size=8", f"launch.zero_stage={stage}", "training.max_steps=10"]

@@ -1,0 +1,52 @@
+"""A user's reward that fails in the middle of a run: what it says, and how all ranks learn of it."""
+
+import inspect
+import time
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from bridge_rl.errors import UserError
+
+SECONDS_FOR_ROW = 10.0  # for rows that are tried one by one, which may each ask a service
+
+
+class RewardFailed(UserError):  # noqa: N818
+    """Raised on all ranks at once when a reward has failed on one, so that they can save together."""
+
+
+def agreed(reward: Callable[..., Any]) -> Callable[..., Any]:
+    """The reward, for a trainer whose ranks all call it equally often: what fails on one rank fails on all."""
+    if inspect.iscoroutinefunction(inspect.unwrap(reward)):  # TRL awaits it in a thread of its own
+        return reward
+
+    def together(**columns: Any) -> Any:
+        problem, values = None, None
+        try:
+            values = reward(**columns)
+        except UserError as error:
+            problem = str(error)
+        found = [text for text in gather_object([problem]) if text is not None]
+        if found:
+            raise RewardFailed(found[0])
+        return values
+
+    return update_wrapper(together, reward)
+
+
+def failing_row(function: Callable[..., Any], columns: dict[str, Any], rows: int) -> str:
+    """` at row 3 (COMPLETION)`, if a row fails alone as well: a reward sees a whole batch, and tells only its line."""
+    logs: dict[str, Any] = {k: lambda *args: None for k in ("log_extra", "log_metric") if k in columns}
+    started = time.monotonic()
+    for row in range(rows):
+        alone = {k: [v[row]] if isinstance(v, list) and len(v) == rows else v for k, v in columns.items()}
+        try:
+            function(**{**alone, **logs})
+        except Exception:  # whatever it raises
+            [shown] = alone.get("completions") or alone["completion_ids"]
+            return f" at row {row} ({str(shown)[:80]!r})"
+        if time.monotonic() - started > SECONDS_FOR_ROW:
+            break
+    return ""

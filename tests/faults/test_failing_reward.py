@@ -1,0 +1,33 @@
+"""A reward that fails in the middle of a run loses nothing: mended, the run ends as one in which it did not fail."""
+
+import pytest
+from chain import RECIPE, history, run_all, weights
+
+pytestmark = pytest.mark.slow
+# Generation batches are rewarded at steps 0, 4 and 8; checkpoints are at 3, 6 and 9.
+REWARD = """
+import os, pathlib
+def score(completion_ids, trainer_state, **kwargs):
+    broken = pathlib.Path(__file__).with_name("broken").exists()
+    if broken and trainer_state.global_step >= 8 and os.environ["RANK"] == "1":
+        return [1 / 0 for ids in completion_ids]
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+"""
+
+
+def test_a_reward_that_fails_on_one_rank_saves_on_all(tmp_path):
+    reward = tmp_path / "mine.py"
+    reward.write_text(REWARD)
+    options = ["training.max_steps=10", "training.per_device_train_batch_size=8"]
+    argv = [*RECIPE, f"rewards=[{{function: '{reward}:score'}}]", *options]
+    whole, failed = ({"argv": [*argv, f"output_dir={tmp_path / name}"]} for name in ("whole", "failed"))
+    runs = [whole, {**failed, "patch": "break the reward"}, {**failed, "patch": "mend the reward"}]
+    codes = run_all(tmp_path, runs, ranks=2)
+    log = (tmp_path / "log.txt").read_text()
+    assert codes == [[0, 0], [2, 2], [0, 0]], log[-3000:]
+    assert f"error: {reward}:score failed with ZeroDivisionError in line 6 of {reward} at row 0 (" in log
+    checkpoint = tmp_path / "failed" / "checkpoint-8"
+    assert f"({checkpoint} is whole: when the cause is mended, the same command goes on)." in log
+    assert f"going on from {checkpoint}" in log
+    assert weights(tmp_path / "failed") == weights(tmp_path / "whole")
+    assert history(tmp_path / "failed") == history(tmp_path / "whole")
