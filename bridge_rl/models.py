@@ -151,9 +151,12 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     if recipe.bridge is not None and not has_bridge(model):
         torch.manual_seed(recipe.seed)
         attach_bridge(model, recipe.bridge)
-    if uses_deepspeed():
-        return model
-    if recipe.train == "full":
+    return model if uses_deepspeed() else trained_in_float32(model, recipe.train)
+
+
+def trained_in_float32(model: PreTrainedModel, train: str) -> PreTrainedModel:
+    """Cast the weights that are trained, in place."""
+    if train == "full":
         model.float()
     elif has_bridge(model):
         for _, parameter in bridge_parameters(model):
