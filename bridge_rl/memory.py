@@ -1,22 +1,24 @@
 """How much memory a run needs on one device, term by term, from shapes alone.
 
 A run has phases that do not overlap: sampling, the update, an evaluation. Weights and the optimizer's state are held in
-all of them. To these add, each worst where every row is as long as it may be:
+all of them. To these add, where every row is as long as it may be:
 
-- sampling: the `cache` (keys and values in pages, a prompt once a group), the `prefill`'s own keys and values until they
-  are in pages, `logits` of one step, the `workspace` of one layer, on CPU a second copy of the weights in another
-  `layout`, and under ZeRO-3 the weights `gathered`.
-- update: its peak is the largest of three moments, since activations are freed as gradients appear:
-  `head` (all activations, and tiles of logits: the head is computed by tokens and vocabulary in pieces),
-  `backward` (all activations, and the gradients that flow through the last layer),
-  `end` (all weights' gradients, one layer's activations, and the optimizer's temporaries).
+- sampling and evaluation: the `cache` (keys and values in pages, a prompt once a group); the keys and values of a
+  `prefill` until they are in pages, and what flows through one of its layers (`flow`); the `logits` of a step and the
+  workspace of one layer's `attention`; on CPU the weights in another `layout`; under ZeRO-3 the weights `gathered`.
+- update: its peak is the largest of four moments, as activations are freed while gradients appear: at the `head`
+  (all activations; logits come in tiles, whatever the vocabulary and the lengths), in the last layer (all activations,
+  and the gradients that flow through it), in the first layer (its activations, nearly all gradients), at the step
+  (all gradients, and what the step makes besides).
 
 What a layer keeps for its backward pass depends on what is trained: a frozen weight's input is not kept. A checkpointed
-layer keeps its input only, and what it keeps inside comes once, for the layer that is computed again (alike whether
-reentrant or not).
+layer keeps its input, and the rest comes once, for the layer that is computed again (reentrant or not). A warm-up,
+which trains less, is not planned. Not in it either are the CUDA context and what the allocator cannot use.
 
-Shapes: T tokens computed at once, L of them of completions, D model, I inner width of the MLP, Q and H query and key
-heads, K head size, V vocabulary, W inner width of the Bridge, N rows of a group, R rows sampled at once.
+Counted by hand from the operations of Llama and Qwen2, and measured against them on CPU by `benchmarks/memory.py`. What
+is a GPU's (bf16 under autocast, kernels), DDP's and DeepSpeed's is derived, not measured.
+
+Shapes: T tokens computed at once, D model, I inner width of the MLP.
 """
 
 from collections.abc import Iterator
@@ -27,27 +29,12 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK
 
 from bridge_rl.config import Recipe
+from bridge_rl.memory_shapes import FP32, QUANTIZED, Device, Layer, Parameters, Part, Sampled
 from bridge_rl.rollout.budget import LONG, LONG_ROW_PAGE, ROW_PAGE, prompt_page_for
 from bridge_rl.rollout.packing import LEAST_ELEMENTS
 from bridge_rl.rollout.pages import pages_for
 from bridge_rl.rollout.request import RolloutOptions
 from bridge_rl.rollout.sampling import CDF_BLOCK
-
-FP32 = 4
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """How many: all, those of the Bridge or its control, trained ones; linear: sizes of linear weights, head included.
-
-    tied: whether the embedding is the head, too.
-    """
-
-    total: int
-    new: int
-    trained: int
-    linear: tuple[int, ...]
-    tied: bool
 
 
 @dataclass(frozen=True)
@@ -73,147 +60,6 @@ class Memory:
     @property
     def peak(self) -> float:
         return max(moment.total for moment in (self.rollout, self.update, self.evaluation) if moment is not None)
-
-
-@dataclass(frozen=True)
-class Device:
-    """Bytes of a number by use. gpu: a GPU in bf16, else a CPU; deepspeed: masters in float32 are the optimizer's."""
-
-    gpu: bool
-    deepspeed: bool
-    base: float  # the base's weights
-    blocks: int  # weights trained beside a frozen base
-    compute: int  # activations of the base
-    shards: int
-    stage: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, gpu: bool, num_processes: int) -> "Device":
-        bf16 = gpu and bool(recipe.training.get("bf16", True))
-        deepspeed = recipe.launch.zero_stage > 0 and num_processes > 1
-        own = 2 if recipe.model.dtype == "bfloat16" else FP32
-        if deepspeed:
-            base = blocks = 2 if bf16 else FP32
-        else:
-            base, blocks = FP32 if recipe.train == "full" else own, FP32
-        compute = 2 if bf16 else int(base)
-        return cls(gpu, deepspeed, base, blocks, compute, num_processes, recipe.launch.zero_stage)
-
-    def shard(self, stage: int) -> int:
-        """By how many ranks something is shared that ZeRO shards from `stage` on."""
-        return self.shards if self.deepspeed and self.stage >= stage else 1
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Sizes of a decoder layer and of the block in it, by the letters of the module's docstring."""
-
-    D: int
-    I: int  # noqa: E741
-    Q: int
-    H: int
-    K: int
-    V: int
-    W: int
-    heads: int  # of the block
-    count: int
-    kind: str | None  # of the block: bridge, pmatch, or none
-    carriers: int  # layers that have a block
-    first: int  # of them
-
-    @classmethod
-    def of(cls, recipe: Recipe, config: Any) -> "Layer":
-        config = config.get_text_config()
-        hidden, count, bridge = config.hidden_size, config.num_hidden_layers, recipe.bridge
-        # Some families name neither: their MLP is four times as wide, and every head has its own keys.
-        inner = getattr(config, "intermediate_size", None) or 4 * hidden
-        if getattr(config, "num_experts_per_tok", None):
-            inner = config.moe_intermediate_size * config.num_experts_per_tok
-        carriers = [] if bridge is None else range(count) if bridge.layers == "all" else bridge.layers
-        return cls(
-            D=hidden,
-            I=inner,
-            Q=config.num_attention_heads,
-            H=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            K=getattr(config, "head_dim", None) or hidden // config.num_attention_heads,
-            V=config.vocab_size,
-            W=0 if bridge is None else bridge.inner_width,
-            heads=0 if bridge is None else bridge.num_heads,
-            count=count,
-            kind=None if bridge is None else bridge.kind,
-            carriers=len(carriers),
-            first=min(carriers, default=0),
-        )
-
-
-@dataclass(frozen=True)
-class Part:
-    """What an update computes at once, at most. parts: of a micro-batch, one after the other."""
-
-    groups: int
-    parts: int
-    width: int
-    prompt: int
-    completion: int
-    shared: bool  # a prompt is computed once a group
-
-    @classmethod
-    def of(cls, recipe: Recipe, groups: int, prompt: int) -> "Part":
-        width, completion = recipe.rollout.width, recipe.rollout.max_new_tokens
-        shared, budget = recipe.update.share_prompt, recipe.update.token_budget
-        one = cls(1, 1, width, prompt, completion, shared)
-        at_once = groups if budget is None else min(groups, max(1, budget // one.tokens))
-        return cls(at_once, -(-groups // at_once), width, prompt, completion, shared)
-
-    @property
-    def rows(self) -> int:
-        return self.groups * self.width
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.groups * (self.prompt if self.shared else self.width * self.prompt) + self.scored
-
-    @property
-    def scored(self) -> int:
-        """L."""
-        return self.rows * self.completion
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What is sampled at once, at most: `rows` in `groups`, of `waiting` rows in all. limit: of a row's tokens."""
-
-    rows: int
-    groups: int
-    waiting: int
-    width: int
-    prompt: int
-    limit: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int | None = None  # in the cache
-
-    @classmethod
-    def in_training(cls, recipe: Recipe, groups: int, prompt: int) -> "Sampled":
-        """`groups`: those of a rank."""
-        section, waiting = recipe.rollout, groups * recipe.rollout.width
-        rows = min(section.max_rows or waiting, waiting)
-        # Towards the end, of each group one row may be left.
-        at_once = groups if section.max_rows is None else min(groups, rows)
-        return cls(
-            rows, at_once, waiting, section.width, prompt, section.max_new_tokens, section.temperature,
-            max_tokens=section.max_cache_tokens,
-        )  # fmt: skip
-
-    @classmethod
-    def in_evaluation(cls, recipe: Recipe, processes: int, prompt: int) -> "Sampled":
-        """At width 1, where every row has its prompt for itself."""
-        section = recipe.evaluation
-        waiting = -(-section.problems // processes) * max(section.samples, *section.widths)
-        rows = min(section.max_rows or waiting, waiting)
-        limit = section.max_new_tokens or recipe.rollout.max_new_tokens
-        return cls(rows, rows, waiting, 1, prompt, limit, section.temperature, section.top_p)
 
 
 def estimate(
@@ -244,7 +90,13 @@ def held_always(recipe: Recipe, parameters: Parameters, device: Device) -> dict[
     beside = {"full": 0, "bridge": parameters.new, "lora": parameters.trained + parameters.new}[recipe.train]
     of_base = parameters.total - (parameters.new if recipe.train != "full" else 0)
     weights = device.base * of_base + device.blocks * beside
+    if recipe.model.quantization is not None:
+        weights -= (device.base - QUANTIZED[recipe.model.quantization]) * parameters.quantized
     optimizer = (3 if device.deepspeed else 2) * FP32 * parameters.trained
+    if device.offload == "all":  # what a pass needs of it is `gathered`
+        weights = 0
+    if device.offload != "none":
+        optimizer = 0
     return {"weights": weights / device.shard(3), "optimizer": optimizer / device.shard(1)}
 
 
@@ -255,7 +107,7 @@ def update(recipe: Recipe, layer: Layer, part: Part, parameters: Parameters, dev
     """What an update adds to what is held always, at the moments that may be its peak."""
     one, block = kept_by_layer(recipe, layer, part, device), kept_by_block(layer, part, device)
     if recipe.training.get("gradient_checkpointing", True):
-        activations, inside = device.compute * part.tokens * layer.D * layer.count, one
+        activations, inside = float(device.compute * part.tokens * layer.D * layer.count), one
     else:
         # Below the first block nothing that is frozen has a gradient, so nothing is kept.
         layers = layer.count - (layer.first + 1 if recipe.train == "bridge" else 0)
@@ -292,7 +144,7 @@ def update(recipe: Recipe, layer: Layer, part: Part, parameters: Parameters, dev
         always | {"activations": one, "flow": flow, "gradients": before or gradients - of_first},
     )
     temporary = end_of_embedding
-    if device.deepspeed:
+    if device.deepspeed and device.offload == "none":
         temporary = max(temporary, FP32 * parameters.trained / device.shard(1))  # of gradients, in float32
     elif recipe.training.get("optim") == "adamw_torch":
         temporary = max(temporary, FP32 * parameters.trained)  # it steps all weights at once
@@ -389,7 +241,7 @@ def sampling(
     own = row_pages * 2 * (page + layer.K)
     shared = prompt_pages * sampled.width * 2 * (prompt_page + layer.K)
 
-    always = {"cache": cache}
+    always: dict[str, float] = {"cache": cache}
     if not device.gpu and device.base == FP32:
         always["layout"] = FP32 * sum(size for size in parameters.linear if size > LEAST_ELEMENTS)
     if device.deepspeed and device.stage == 3 and recipe.training.get("ds3_gather_for_generation", True):

@@ -1,6 +1,7 @@
 """What a run will do, worked out without weights or network: groups, batches, parameters, memory, conflicts."""
 
 import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from bridge_rl.checkpoint import is_bridge_checkpoint
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import FILE_FORMATS, import_function, is_function, load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.memory import Memory, Parameters, estimate
+from bridge_rl.memory import Memory, estimate
+from bridge_rl.memory_shapes import Parameters
 from bridge_rl.models import load_reward, load_tokenizer, model_config, resolve_path
 from bridge_rl.presets import preset_config
 from bridge_rl.safety import conflicts
@@ -100,6 +102,8 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
             "training.beta with train=full loads a second model as reference, and cannot from GGUF, a revision or a "
             "checkpoint with a Bridge: set beta=0, or train=bridge or lora."
         )
+    if recipe.model.quantization is not None:
+        found += quantization_conflicts(recipe)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and recipe.rollout.max_new_tokens >= longest:
         found.append(
@@ -184,13 +188,17 @@ def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
         adapted = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         if recipe.bridge is not None:
             attach_bridge(model, recipe.bridge)
+    quantized = {m for m in adapted if recipe.model.quantization is not None}
     total, new = model.num_parameters(), sum(p.numel() for _, p in bridge_parameters(model))
     lora = sum(recipe.lora.r * (m.in_features + m.out_features) for m in adapted)
     return Parameters(
         total=total,
         new=new,
         trained={"bridge": new, "lora": new + lora, "full": total}[recipe.train],
-        linear=tuple(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)),
+        linear=tuple(
+            m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in quantized
+        ),
+        quantized=sum(m.weight.numel() for m in quantized),
         tied=head.weight is model.get_input_embeddings().weight,
     )
 
@@ -238,6 +246,20 @@ def batch_conflicts(recipe: Recipe, batches: Batches) -> list[str]:
             f"rollout.num_generations {recipe.rollout.num_generations}: change training.per_device_train_batch_size."
         )
     return found
+
+
+def quantization_conflicts(recipe: Recipe) -> Iterator[str]:
+    """A base in 8 or 4 bits has no gradients, and has not been tried in shards."""
+    quantization = f"model.quantization is {recipe.model.quantization}"
+    if recipe.train == "full":
+        yield f"{quantization} with train=full: a quantized base is frozen, set train=bridge or train=lora."
+    if recipe.launch.zero_stage > 0:
+        stage = recipe.launch.zero_stage
+        yield f"{quantization} with launch.zero_stage={stage}: set 0, a frozen base has little to shard."
+    if recipe.model.gguf_file is not None:
+        yield f"{quantization} with model.gguf_file: that is loaded dequantized, name a checkpoint in safetensors."
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield f"{quantization}, which needs bitsandbytes: pip install 'bridge-rl[quantized]'."
 
 
 def file_conflicts(recipe: Recipe) -> list[str]:

@@ -83,6 +83,12 @@ def test_a_frozen_base_has_no_gradients_no_optimizer_state_and_keeps_less():
         assert bridge.terms.get(term, 0) < full.terms[term], term
 
 
+def test_what_is_offloaded_is_not_on_the_gpu():
+    everything, no_state, nothing = (planned(f"launch.offload={x}").update.terms for x in ("none", "optimizer", "all"))
+    assert everything["optimizer"] > no_state["optimizer"] == nothing["optimizer"] == 0
+    assert no_state["weights"] > nothing["weights"] == 0
+
+
 def test_full_training_with_a_penalty_holds_a_second_model():
     assert planned("training.beta=0.1").update.terms["reference"] == 2 * 7_615_616_512 / 8
     assert "reference" not in planned("training.beta=0.1", "train=lora").update.terms
