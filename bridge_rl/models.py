@@ -175,10 +175,10 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     Weights that are trained are kept in float32: AdamW's small steps vanish in bfloat16. (DeepSpeed keeps float32
     masters of its own, and wants parameters of one dtype.)
     """
-    if recipe.model.quantization is not None and uses_deepspeed():
+    if recipe.model.quantization is not None and (uses_deepspeed() or uses_fsdp()):
         raise UserError(
-            f"model.quantization is {recipe.model.quantization} under DeepSpeed: launch without it, a frozen base has "
-            "little to shard."
+            f"model.quantization is {recipe.model.quantization} under DeepSpeed or FSDP: launch without, a frozen base "
+            "has little to shard."
         )
     model = load_model(recipe.model)
     if has_bridge(model) and recipe.bridge is None:

@@ -13,7 +13,16 @@ ROOT = Path(__file__).parents[1]
 BENCHMARK = ROOT / "benchmarks"
 RECIPE_7B = ROOT / "recipes" / "r1_distill_7b.yaml"
 # Small tiles of logits, so that the head does not hide the rest of an update.
-SMALL = {"new_tokens": 24, "hidden": 128, "inner": 384, "layers": 3, "heads": 4, "kv_heads": 2, "vocabulary": 2000, "tile": 256}
+SMALL = {
+    "new_tokens": 24,
+    "hidden": 128,
+    "inner": 384,
+    "layers": 3,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocabulary": 2000,
+    "tile": 256,
+}
 SHAPES = {
     "bridge": {"prompt": 300, "width": 4, "rows": 8},
     "lora": {"train": "lora", "family": "qwen2", "checkpointing": True, "prompt": 150},
