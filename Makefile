@@ -17,7 +17,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,serve,eval,lm-eval,workspaces,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,serve,eval,lm-eval,quantized,workspaces,dev]'
 	touch $@
 
 demo: $(READY)  ## warm-up, RLVR and evaluation of the embedded model, about 5 minutes on two cores
@@ -42,6 +42,7 @@ bench: $(READY)  ## the figures in benchmarks/results
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/drift.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/intervals.py
 	$(BIN)/python benchmarks/rollout_kl.py

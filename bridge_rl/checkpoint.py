@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from bridge_rl.block import BridgeConfig
@@ -81,6 +81,9 @@ def write_config(model: nn.Module, directory: Path) -> None:
     """Write `bridge_config.json`."""
     state = find_state(model)
     content = {"bridge": state.config.to_dict(), "base": state.base_name, "base_fingerprint": state.fingerprint}
+    quantization = getattr(model.config, "quantization_config", None)
+    if isinstance(quantization, BitsAndBytesConfig):
+        content["quantization"] = quantization.to_dict()
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -112,6 +115,9 @@ def load_bridge(
 
     base = base_model or content["base"]
     if isinstance(base, str):
+        if "quantization" in content:  # the base that it was trained on
+            quantization = BitsAndBytesConfig.from_dict(content["quantization"])
+            from_pretrained_kwargs.setdefault("quantization_config", quantization)
         base = AutoModelForCausalLM.from_pretrained(base, **from_pretrained_kwargs)
     found = fingerprint(base)
     if found != content["base_fingerprint"]:

@@ -159,7 +159,7 @@ def run_recipe(args: argparse.Namespace) -> None:
     from bridge_rl.plan import check, describe, make_plan, print_resolved
 
     if args.dry_run:
-        plan = make_plan(recipe)
+        plan = make_plan(recipe, read_data=True)
         print_resolved(recipe, plan)
         if plan.conflicts:
             raise UserError(f"{args.recipe}: {len(plan.conflicts)} conflict(s), the first: {plan.conflicts[0]}")

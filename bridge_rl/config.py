@@ -42,12 +42,15 @@ class ModelSection:
     path: hub id, directory, or `package://NAME/PATH` inside an installed Python package.
     gguf_file: a GGUF file at `path`, loaded dequantized.
     dtype: of the base weights (`float32`, `bfloat16`). Weights that are trained are kept in float32 either way.
+    quantization: of a frozen base's linear layers but the head: `int8` or `nf4`, by bitsandbytes (the extra
+        `quantized`). The Bridge is then one for the quantized base, and its checkpoint says so.
     """
 
     path: str
     gguf_file: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["int8", "nf4"] | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     __pydantic_config__: ClassVar = STRICT

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bridge_rl.checkpoint import is_bridge_checkpoint, load_bridge, read_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
@@ -94,10 +101,12 @@ def load_model(section: ModelSection) -> PreTrainedModel:
 
         # A default load stays marked as quantized, and such a model can neither be trained nor saved.
         options["quantization_config"] = GgufConfig(dequantize=True)
+    if section.quantization is not None:
+        options["quantization_config"] = quantization_config(section)
     try:
         if is_bridge_checkpoint(path):
-            return load_bridge(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+            return keep_gradients(load_bridge(path, **options))
+        model = keep_gradients(AutoModelForCausalLM.from_pretrained(path, **options))
     except UserError:
         raise
     except SafetensorError as error:
@@ -109,6 +118,32 @@ def load_model(section: ModelSection) -> PreTrainedModel:
             f"model.path: {section.path} had a Bridge when it was saved, but there is no bridge_config.json, so its "
             "blocks would be dropped: save it with bridge_rl.save_bridge, or name a local copy of the whole directory."
         )
+    return model
+
+
+def quantization_config(section: ModelSection) -> BitsAndBytesConfig:
+    """How bitsandbytes quantizes the base. Raises UserError where it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization is {section.quantization}, which needs bitsandbytes: pip install "
+            "'bridge-rl[quantized]'."
+        )
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, section.dtype)
+    )
+
+
+def keep_gradients(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a base in 4 bits pass gradients on after it was sampled from.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs such weights at the first pass without gradients, and computes with
+    them by an operation that has none: what comes after would be trained as if nothing came before, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -140,6 +175,11 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     Weights that are trained are kept in float32: AdamW's small steps vanish in bfloat16. (DeepSpeed keeps float32
     masters of its own, and wants parameters of one dtype.)
     """
+    if recipe.model.quantization is not None and (uses_deepspeed() or uses_fsdp()):
+        raise UserError(
+            f"model.quantization is {recipe.model.quantization} under DeepSpeed or FSDP: launch without, a frozen base "
+            "has little to shard."
+        )
     model = load_model(recipe.model)
     if has_bridge(model) and recipe.bridge is None:
         raise UserError(f"model.path: {recipe.model.path} carries a Bridge but bridge is null: leave bridge out.")
@@ -151,9 +191,15 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     if recipe.bridge is not None and not has_bridge(model):
         torch.manual_seed(recipe.seed)
         attach_bridge(model, recipe.bridge)
-    if uses_deepspeed():
-        return model
-    if recipe.train == "full":
+    if recipe.model.quantization is not None and recipe.train == "bridge":
+        # transformers trains such a model with PEFT's adapters only; here, the blocks are what is trained.
+        model.is_quantized = False
+    return model if uses_deepspeed() else trained_in_float32(model, recipe.train)
+
+
+def trained_in_float32(model: PreTrainedModel, train: str) -> PreTrainedModel:
+    """Cast the weights that are trained, in place."""
+    if train == "full":
         model.float()
     elif has_bridge(model):
         for _, parameter in bridge_parameters(model):

@@ -1,10 +1,11 @@
 """What a run will do, worked out without weights or network: groups, batches, parameters, memory, conflicts."""
 
 import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,9 +18,11 @@ from trl import GRPOConfig
 
 from bridge_rl.checkpoint import is_bridge_checkpoint
 from bridge_rl.config import DataSource, Recipe
-from bridge_rl.data import FILE_FORMATS, import_function
+from bridge_rl.data import FILE_FORMATS, import_function, is_function, load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.models import load_reward, model_config, resolve_path
+from bridge_rl.memory import Memory, estimate
+from bridge_rl.memory_shapes import Parameters
+from bridge_rl.models import load_reward, load_tokenizer, model_config, resolve_path
 from bridge_rl.presets import preset_config
 from bridge_rl.safety import conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
@@ -53,7 +56,8 @@ CHOICES = {
     "scale_rewards": ("group", "batch", "none", True, False),
 }
 GIB = 2**30
-ASSUMED_PROMPT_TOKENS = 512  # the data set is not read for a plan
+ASSUMED_PROMPT_TOKENS = 512  # where the data are not at hand
+LONGEST_READ = 256  # prompts with most characters, of which the one with most tokens is found
 
 
 @dataclass(frozen=True)
@@ -71,39 +75,25 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Estimated bytes on one GPU. Activations assume that checkpointed layers keep their input only."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    kv_cache: float
-
-    @property
-    def peak(self) -> float:
-        """Sampling and the update do not overlap: the larger of cache and gradients with activations counts."""
-        return self.weights + self.optimizer + max(self.kv_cache, self.gradients + self.activations)
-
-
-@dataclass(frozen=True)
 class Plan:
+    """prompt: tokens of the longest prompt, read from the data or (`prompt_read` false) assumed."""
+
     batches: Batches
-    parameters: int
-    new_parameters: int
-    trained_parameters: int
+    parameters: Parameters
     memory: Memory
+    prompt: int
+    prompt_read: bool
     conflicts: list[str]
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Work out a recipe. Raises UserError for a model that has no configuration or a family that is not served."""
+def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
+    """Work out a recipe; with `read_data` from its longest prompt, if data and tokenizer are files here.
+
+    Raises UserError for a model that has no configuration or a family that is not served.
+    """
     check_types(recipe)
     config = preset_config(recipe.model.path) or model_config(recipe.model)
-    total, new = count_parameters(config, recipe)
-    trained = {"bridge": new, "lora": new + lora_parameters(config, recipe.lora.r), "full": total}[recipe.train]
-    batches = work_out_batches(recipe)
-    memory = estimate_memory(recipe, config, batches, total, trained)
+    parameters, batches = count_parameters(config, recipe), work_out_batches(recipe)
     found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
     found += batch_conflicts(recipe, batches) + file_conflicts(recipe)
     own_base = recipe.model.gguf_file or recipe.model.revision or is_bridge_checkpoint(resolve_path(recipe.model.path))
@@ -112,13 +102,37 @@ def make_plan(recipe: Recipe) -> Plan:
             "training.beta with train=full loads a second model as reference, and cannot from GGUF, a revision or a "
             "checkpoint with a Bridge: set beta=0, or train=bridge or lora."
         )
+    if recipe.model.quantization is not None:
+        found += quantization_conflicts(recipe)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and recipe.rollout.max_new_tokens >= longest:
         found.append(
             f"rollout.max_new_tokens is {recipe.rollout.max_new_tokens}, but the model knows {longest} positions, "
             "prompt included: lower it."
         )
-    return Plan(batches, total, new, trained, memory, found)
+    read = longest_prompt(recipe) if read_data and not found else None
+    prompt = read or ASSUMED_PROMPT_TOKENS
+    groups = (batches.groups_per_micro_batch, batches.groups_per_rank)
+    memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt, planned_for_gpu(recipe))
+    return Plan(batches, parameters, memory, prompt, read is not None, found)
+
+
+def planned_for_gpu(recipe: Recipe) -> bool:
+    """Whether the plan is for a GPU (in bf16), and not for a CPU (in float32): one that is named, or is here."""
+    return recipe.launch.gpu_memory_gb is not None or torch.cuda.is_available()
+
+
+def longest_prompt(recipe: Recipe) -> int | None:
+    """Tokens of the longest training prompt; None unless data and tokenizer are files here, or functions."""
+    source, model = recipe.data.train, Path(resolve_path(recipe.model.path))
+    at_hand = is_function(source.path) or source.path.endswith(FILE_FORMATS)
+    if not at_hand or not (model / "tokenizer_config.json").is_file():
+        return None
+    tokenizer = load_tokenizer(recipe.model)
+    problems = load_problems(replace(source, check_answers=False), "data.train", recipe.seed)
+    longest = sorted(problems, key=lambda row: len(row["problem"]), reverse=True)[:LONGEST_READ]
+    prompts = make_prompts(longest, recipe.data, conversational=tokenizer.chat_template is not None)
+    return max(map(len, prompt_tokens(tokenizer, list(prompts["prompt"]))))
 
 
 def check(recipe: Recipe) -> Plan:
@@ -161,8 +175,8 @@ def type_hints() -> dict[str, Any]:
     return get_type_hints(GRPOConfig)
 
 
-def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
-    """(all, new) parameters, counted on the meta device."""
+def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
+    """Counted on the meta device. LoRA is that on every linear layer of the base but the head (PEFT's `all-linear`)."""
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config)
@@ -170,18 +184,23 @@ def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int
             raise UserError(
                 f"model.path: {recipe.model.path} is a '{config.model_type}', no causal language model."
             ) from error
+        head = model.get_output_embeddings()
+        adapted = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         if recipe.bridge is not None:
             attach_bridge(model, recipe.bridge)
-    return model.num_parameters(), sum(p.numel() for _, p in bridge_parameters(model))
-
-
-def lora_parameters(config: PreTrainedConfig, r: int) -> int:
-    """Of LoRA on every linear layer of the base but the head (PEFT's `all-linear`)."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return sum(r * (m.in_features + m.out_features) for m in linear)
+    quantized = {m for m in adapted if recipe.model.quantization is not None}
+    total, new = model.num_parameters(), sum(p.numel() for _, p in bridge_parameters(model))
+    lora = sum(recipe.lora.r * (m.in_features + m.out_features) for m in adapted)
+    return Parameters(
+        total=total,
+        new=new,
+        trained={"bridge": new, "lora": new + lora, "full": total}[recipe.train],
+        linear=tuple(
+            m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in quantized
+        ),
+        quantized=sum(m.weight.numel() for m in quantized),
+        tied=head.weight is model.get_input_embeddings().weight,
+    )
 
 
 def work_out_batches(recipe: Recipe) -> Batches:
@@ -203,47 +222,6 @@ def work_out_batches(recipe: Recipe) -> Batches:
         groups_per_micro_batch=rows // rollout.width,
         updates_per_generation=per_generation * training.get("num_iterations", 1) / accumulation,
     )
-
-
-def estimate_memory(recipe: Recipe, config: Any, batches: Batches, total: int, trained: int) -> Memory:
-    """Bytes on one GPU, from counts of parameters and tokens (ZeRO paper, section 3; activations by shape)."""
-    config = config.get_text_config()
-    shards = batches.num_processes
-    stage = recipe.launch.zero_stage
-    shard_optimizer, shard_gradients, shard_weights = (shards if stage >= s else 1 for s in (1, 2, 3))
-    bytes_per_weight = 2  # bf16 compute copy; float32 masters are counted with the optimizer
-    weights = bytes_per_weight * total / shard_weights
-    gradients = bytes_per_weight * trained / shard_gradients
-    optimizer = (4 + 4 + 4) * trained / shard_optimizer  # float32 master, two moments
-
-    prompt = ASSUMED_PROMPT_TOKENS
-    tokens = batches.rows_per_micro_batch * (prompt + recipe.rollout.max_new_tokens)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    per_layer = 2 * tokens * hidden
-    # Some families name neither: their MLP is four times as wide, and every head has its own keys.
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    one_layer = 2 * tokens * (8 * hidden + 3 * inner)
-    checkpointing = recipe.training.get("gradient_checkpointing", True)
-    activations = layers * per_layer + one_layer if checkpointing else layers * one_layer
-
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token = 2 * 2 * layers * kv_heads * head_dim
-    kv_cache = per_token * max(sampled_tokens(recipe, batches, prompt))
-    if stage == 3 and recipe.training.get("ds3_gather_for_generation", True):
-        kv_cache += bytes_per_weight * total  # all parameters are gathered while sampling
-    return Memory(weights, gradients, optimizer, activations, kv_cache)
-
-
-def sampled_tokens(recipe: Recipe, batches: Batches, prompt: int) -> Iterator[int]:
-    """Tokens in the cache at once, at most: in a rollout, where a prompt counts once a group, or an evaluation."""
-    rollout, evaluation = recipe.rollout, recipe.evaluation
-    rows = min(rollout.max_rows or 10**9, batches.groups_per_rank * rollout.width)
-    tokens = rows * rollout.max_new_tokens + min(rows, batches.groups_per_rank) * prompt
-    yield min(tokens, rollout.max_cache_tokens or tokens)
-    if recipe.data.eval is not None:
-        rows = min(evaluation.max_rows or 10**9, evaluation.problems * max(evaluation.samples, *evaluation.widths))
-        yield rows * (prompt + (evaluation.max_new_tokens or rollout.max_new_tokens))
 
 
 def unknown_options(recipe: Recipe) -> Iterator[str]:
@@ -268,6 +246,20 @@ def batch_conflicts(recipe: Recipe, batches: Batches) -> list[str]:
             f"rollout.num_generations {recipe.rollout.num_generations}: change training.per_device_train_batch_size."
         )
     return found
+
+
+def quantization_conflicts(recipe: Recipe) -> Iterator[str]:
+    """A base in 8 or 4 bits has no gradients, and has not been tried in shards."""
+    quantization = f"model.quantization is {recipe.model.quantization}"
+    if recipe.train == "full":
+        yield f"{quantization} with train=full: a quantized base is frozen, set train=bridge or train=lora."
+    if recipe.launch.zero_stage > 0:
+        stage = recipe.launch.zero_stage
+        yield f"{quantization} with launch.zero_stage={stage}: set 0, a frozen base has little to shard."
+    if recipe.model.gguf_file is not None:
+        yield f"{quantization} with model.gguf_file: that is loaded dequantized, name a checkpoint in safetensors."
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield f"{quantization}, which needs bitsandbytes: pip install 'bridge-rl[quantized]'."
 
 
 def file_conflicts(recipe: Recipe) -> list[str]:
@@ -311,7 +303,7 @@ def source_conflicts(source: DataSource, key: str) -> Iterator[str]:
 
 def describe(recipe: Recipe, plan: Plan) -> str:
     """The plan as text."""
-    b, m = plan.batches, plan.memory
+    b, p = plan.batches, plan.parameters
     bridge = (
         "none"
         if recipe.bridge is None
@@ -320,13 +312,12 @@ def describe(recipe: Recipe, plan: Plan) -> str:
             f"layers {recipe.bridge.layers}"
         )
     )
-    base = plan.parameters - plan.new_parameters
-    budget = recipe.launch.gpu_memory_gb
+    base = p.total - p.new
     lines = [
         f"model            {resolve_path(recipe.model.path)}",
         f"bridge           {bridge}",
-        f"parameters       {base:,} base, {plan.new_parameters:,} new ({plan.new_parameters / base:.2%}), "
-        f"{plan.trained_parameters:,} trained (train={recipe.train})",
+        f"parameters       {base:,} base, {p.new:,} new ({p.new / base:.2%}), "
+        f"{p.trained:,} trained (train={recipe.train})",
         f"groups           width {recipe.rollout.width}, {recipe.rollout.num_generations} completions a prompt",
         f"processes        {b.num_processes}, ZeRO stage {recipe.launch.zero_stage}",
         f"generation batch {b.prompts_per_generation} prompts, {b.rows_per_generation} rows; "
@@ -334,16 +325,34 @@ def describe(recipe: Recipe, plan: Plan) -> str:
         f"micro-batch      {b.groups_per_micro_batch} groups, {b.rows_per_micro_batch} rows a rank; "
         f"{b.micro_batches_per_update} an update",
         f"tokens           at most {b.rows_per_generation * recipe.rollout.max_new_tokens:,} a generation batch",
-        f"memory           about {m.peak / GIB:.1f} GiB"
-        + (f" of {budget:g}" if budget else "")
-        + f": weights {m.weights / GIB:.1f}, optimizer {m.optimizer / GIB:.1f}, and by turns sampling "
-        f"{m.kv_cache / GIB:.1f} or gradients {m.gradients / GIB:.1f} with activations {m.activations / GIB:.1f}",
+        *describe_memory(recipe, plan),
         f"output           {recipe.output_dir}",
     ]
     notes = [f"conflict: {conflict}" for conflict in plan.conflicts]
-    if budget and m.peak / GIB > budget:
-        notes.append("memory: the estimate is above launch.gpu_memory_gb: lower the micro-batch, lengths or max_rows.")
     return "\n".join(lines + notes)
+
+
+def describe_memory(recipe: Recipe, plan: Plan) -> list[str]:
+    """The peak, what it assumes, and the terms of each phase at its largest moment (see `bridge_rl.memory`)."""
+    memory, budget = plan.memory, recipe.launch.gpu_memory_gb
+    device = (
+        "GPU in bf16" if planned_for_gpu(recipe) else "CPU in float32, as no GPU is here or in launch.gpu_memory_gb"
+    )
+    prompt = "the longest of the data" if plan.prompt_read else "assumed"
+    lines = [
+        f"memory           about {memory.peak / GIB:.2f} GiB"
+        + (f" of {budget:g}" if budget else "")
+        + f" on a {device}; "
+        f"prompts of {plan.prompt} tokens ({prompt}), every row to its limit"
+    ]
+    for moment in (memory.rollout, memory.update, memory.evaluation):
+        if moment is not None:
+            terms = sorted(moment.terms.items(), key=lambda term: -term[1])
+            listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in terms if size >= GIB / 200)
+            lines.append(f"  {moment.phase + ':':27} {moment.total / GIB:6.2f} = {listed or 'below 0.01 each'}")
+    if budget and memory.peak / GIB > budget:
+        lines.append("memory: the estimate is above launch.gpu_memory_gb: lower the micro-batch, lengths or max_rows.")
+    return lines
 
 
 def print_resolved(recipe: Recipe, plan: Plan) -> None:

@@ -118,60 +118,64 @@ PRESETS = [
 def test_a_preset_adds_four_projections_and_a_norm_to_every_layer(name, model, base, d, w, layers):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert (recipe.model.path, recipe.bridge) == (model, BRIDGES[model])
-    total, new = count_parameters(preset_config(model), recipe)
+    found = count_parameters(preset_config(model), recipe)
+    new = found.new
     assert new == 4 * d * w * layers + d * layers
-    assert total - new == base
+    assert found.total - new == base
     assert 0.027 < new / base < 0.051  # the paper's band
 
 
 @pytest.mark.parametrize(("name", "model", "base", "d", "w", "layers"), PRESETS)
 def test_the_matched_control_of_a_preset_has_as_many_parameters(name, model, base, d, w, layers):
     bridge = 4 * d * w * layers + d * layers
-    total, new = count_parameters(preset_config(model), load_recipe(RECIPES / f"{name}_pmatch.yaml"))
-    assert abs(new - bridge) <= 0.01 * bridge
-    assert total - new == base
+    found = count_parameters(preset_config(model), load_recipe(RECIPES / f"{name}_pmatch.yaml"))
+    assert abs(found.new - bridge) <= 0.01 * bridge
+    assert found.total - found.new == base
 
 
 def test_what_is_trained_follows_the_mode():
     bridge = "bridge={num_heads: 4, head_dim: 12}"
     new = 4 * 128 * 48 * 4 + 128 * 4  # D 128, W 48, 4 layers
-    base = make_plan(load_recipe(TINY, ["bridge=null", "train=full"])).parameters
+    base = make_plan(load_recipe(TINY, ["bridge=null", "train=full"])).parameters.total
     found = {
-        train: make_plan(load_recipe(TINY, [bridge, f"train={train}", "lora.r=2"]))
+        train: make_plan(load_recipe(TINY, [bridge, f"train={train}", "lora.r=2"])).parameters
         for train in ("bridge", "full", "lora")
     }
-    assert [plan.new_parameters for plan in found.values()] == [new] * 3
-    assert found["bridge"].trained_parameters == new
-    assert found["full"].trained_parameters == base + new
+    assert [counted.new for counted in found.values()] == [new] * 3
+    assert found["bridge"].trained == new
+    assert found["full"].trained == base + new
     # r x (in + out) of q, k, v, o (128 -> 128) and gate, up (128 -> 256), down (256 -> 128) in 4 layers.
-    assert found["lora"].trained_parameters == new + 2 * 4 * (4 * 256 + 3 * 384)
+    assert found["lora"].trained == new + 2 * 4 * (4 * 256 + 3 * 384)
 
 
 def test_layers_that_carry_no_block_count_nothing():
     recipe = load_recipe(TINY, ["bridge={num_heads: 4, head_dim: 12, layers: [1, 3]}"])
-    assert make_plan(recipe).new_parameters == 2 * (4 * 128 * 48 + 128)
+    assert make_plan(recipe).parameters.new == 2 * (4 * 128 * 48 + 128)
 
 
 def test_memory_by_hand():
-    plan = make_plan(load_recipe(RECIPES / "r1_distill_llama_8b.yaml"))
-    total, memory = 8_030_261_248 + 4 * 4096 * 768 * 32 + 4096 * 32, plan.memory
-    assert memory.weights == 2 * total / 8  # bf16, ZeRO-3 over 8
-    assert memory.gradients == 2 * total / 8
-    assert memory.optimizer == 12 * total / 8
-    # In the evaluation at width 1, 32 rows of 512 + 8192 tokens, keys and values of 8 heads of 128 in 32 layers, beside
-    # the gathered weights.
-    assert memory.kv_cache == 32 * 8704 * 2 * 2 * 32 * 8 * 128 + 2 * total
-    assert memory.peak == memory.weights + memory.optimizer + max(
-        memory.kv_cache, memory.gradients + memory.activations
-    )
+    found = make_plan(load_recipe(RECIPES / "r1_distill_llama_8b.yaml"))
+    total, memory = 8_030_261_248 + 4 * 4096 * 768 * 32 + 4096 * 32, found.memory
+    for moment in (memory.rollout, memory.update, memory.evaluation):
+        assert moment.terms["weights"] == 2 * total / 8  # bf16, ZeRO-3 over 8
+        assert moment.terms["optimizer"] == 12 * total / 8
+    assert memory.update.terms["gradients"] == 2 * total / 8
+    # In the evaluation at width 1, 32 rows of pages for 512 and for 8192 + 8 steps, and a page ahead: keys and values
+    # of 8 heads of 128 in 32 layers.
+    assert memory.evaluation.terms["cache"] == 32 * (512 + 8192 + 64 + 64) * 2 * 2 * 32 * 8 * 128
+    assert memory.evaluation.terms["gathered"] == 2 * total
+    # Each of 33280 tokens: of every layer its input, of one layer all, the last norm's input, what the head reads.
+    tokens, scored, rows = 512 + 4 * 8192, 4 * 8192, 4 * (512 + 8192)
+    one = 2 * (2 * 4096 + 2 * 1024 + 4 * 14336 + 4 * 4096 + 4096)  # q, k, v, output, MLP, normed twice, of o_proj
+    layers = 32 * 2 * 4096 * tokens + (one + 2 * 4 * 4096) * tokens + 2 * 2 * 1024 * rows
+    assert memory.update.terms["activations"] == layers + 4 * 4096 * tokens + 2 * 4096 * scored
+    assert memory.peak == max(m.total for m in (memory.rollout, memory.update, memory.evaluation))
 
 
 def test_a_bounded_cache_is_planned_as_bounded():
     path = RECIPES / "r1_distill_llama_8b.yaml"
-    options = [["data.eval=null", f"rollout.max_cache_tokens={n}"] for n in ("null", 100_000)]
-    free, bounded = (make_plan(load_recipe(path, overrides)) for overrides in options)
-    # 32 rows in at most 16 groups, each with one prompt.
-    assert free.memory.kv_cache - bounded.memory.kv_cache == (32 * 8192 + 16 * 512 - 100_000) * 2 * 2 * 32 * 8 * 128
+    plan = make_plan(load_recipe(path, ["rollout.max_cache_tokens=100000"]))
+    assert plan.memory.rollout.terms["cache"] == 100_000 * 2 * 2 * 32 * 8 * 128
 
 
 def test_weights_that_are_not_gathered_for_sampling_are_not_counted_there():
@@ -180,7 +184,7 @@ def test_weights_that_are_not_gathered_for_sampling_are_not_counted_there():
         make_plan(load_recipe(path, [f"training.ds3_gather_for_generation={value}"])) for value in ("true", "false")
     )
     assert sharded.conflicts == []
-    assert gathered.memory.kv_cache - sharded.memory.kv_cache == 2 * gathered.parameters
+    assert gathered.memory.rollout.total - sharded.memory.rollout.total == 2 * gathered.parameters.total
 
 
 # -- dry runs ---------------------------------------------------------------------------------------------------------
@@ -207,6 +211,18 @@ def test_a_dry_run_needs_neither_weights_nor_a_network(path, no_weights_no_netwo
     assert "generation batch" in plan
     assert "conflict" not in plan
     assert (" 0 new " in plan) == path.stem.endswith("_rlvr_only")
+
+
+def test_a_dry_run_says_what_its_memory_is_for(no_weights_no_network, capsys):
+    main(["train", str(TINY), "--dry-run"])
+    printed = capsys.readouterr().out
+    # "12,35,27,19,31,22:49=" is 21 characters, each a token, behind the first.
+    assert "on a CPU in float32" in printed
+    assert "prompts of 22 tokens (the longest of the data)" in printed
+    main(["train", str(RECIPES / "r1_distill_7b.yaml"), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "of 80 on a GPU in bf16; prompts of 512 tokens (assumed)" in printed
+    assert all(f"  {phase}, " in printed for phase in ("rollout", "update", "evaluation"))
 
 
 def test_a_dry_run_lists_every_conflict(capsys):
@@ -310,7 +326,7 @@ def test_another_number_of_processes_than_planned_is_a_conflict(monkeypatch):
 
 def test_sampling_in_an_evaluation_counts_in_the_memory_estimate():
     recipes = [load_recipe(TINY, ["evaluation.samples=64", f"evaluation.max_rows={n}"]) for n in (128, 512)]
-    small, large = (make_plan(recipe).memory.kv_cache for recipe in recipes)
+    small, large = (make_plan(recipe).memory.evaluation.terms["cache"] for recipe in recipes)
     assert large == 4 * small
 
 
