@@ -42,13 +42,19 @@ def capture(trainer: "BridgeGRPOTrainer") -> dict[str, Any]:
 def restore(trainer: "BridgeGRPOTrainer", saved: dict[str, Any]) -> None:
     """Undo everything since `capture`, in this process or in one that is gone.
 
-    Raises UserError if a generation batch is made of other batches now.
+    Raises UserError if a generation batch is made of other batches now, or another version of bridge_rl saved it.
     """
-    now = capture(trainer)["batch"]
-    if saved["batch"] != now:
+    now = capture(trainer)
+    if saved.keys() != now.keys():
+        different = ", ".join(sorted(saved.keys() ^ now.keys()))
         raise UserError(
-            f"training: rows, accumulation and updates of a generation batch are {now}, and {saved['batch']} in the "
-            "checkpoint, in the middle of one: set them back, or another output_dir."
+            f"{trainer._resume.checkpoint} was written by another version of bridge_rl (they differ in {different}): "
+            "go on with that version, or set another output_dir."
+        )
+    if saved["batch"] != now["batch"]:
+        raise UserError(
+            f"training: rows, accumulation and updates of a generation batch are {now['batch']}, and in the checkpoint "
+            f"{saved['batch']}, in the middle of one: set them back, or another output_dir."
         )
     trainer._buffered_inputs = saved["buffered_inputs"]
     for name, value in saved["trainer"].items():

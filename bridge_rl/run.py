@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -18,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 from trl import GRPOConfig
 
 from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
-from bridge_rl.config import DataSource, Recipe
+from bridge_rl.config import DataSource, Recipe, load_recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.analyse import analyse
@@ -243,7 +242,7 @@ def save_recipe(recipe: Recipe, directory: Path) -> None:
 def check_same_recipe(recipe: Recipe, directory: Path, keys: tuple[str, ...]) -> None:
     """Raise UserError if what is in `directory` was made by a recipe that differs in one of `keys`."""
     path = directory / "recipe.yaml"
-    before = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    before = asdict(load_recipe(path)) if path.is_file() else {}  # a key that is new since has its default
     for key in keys:
         if look_up(before, key) != look_up(asdict(recipe), key):
             raise UserError(

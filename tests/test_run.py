@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import wandb
+import yaml
 
 import bridge_rl as br
 from bridge_rl.cli import main
@@ -15,6 +17,8 @@ from bridge_rl.config import load_recipe
 from bridge_rl.evaluation.results import read_results
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.report import names
+from bridge_rl.resume import file_of
+from bridge_rl.run_checkpoints import MANIFEST, _seal
 
 SMALL = [
     "training.max_steps=2",
@@ -101,6 +105,34 @@ def test_another_recipe_does_not_take_up_the_warmup(finished, capsys):
     with pytest.raises(SystemExit):
         main(["warmup", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={finished}", "data.train.kwargs.seed=5"])
     assert "another 'data.train'" in capsys.readouterr().err
+
+
+def test_the_warmup_of_a_recipe_that_did_not_know_a_key_yet_is_taken(finished, tmp_path, capsys):
+    shutil.copytree(finished / "warmup", tmp_path / "warmup")
+    path = tmp_path / "warmup" / "recipe.yaml"
+    before = yaml.safe_load(path.read_text())
+    del before["model"]["quantization"]
+    path.write_text(yaml.safe_dump(before))
+    main(["warmup", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={tmp_path}"])
+    assert "warm-up: taken from" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, capsys):
+    saving = ["training.save_strategy=steps", "training.save_steps=1", "warmup=null", "data.eval=null"]
+    command = ["train", "recipes/tiny_arith.yaml", *SMALL, *saving, f"output_dir={tmp_path}"]
+    main(command)
+    checkpoint = tmp_path / "checkpoint-1"
+    state = file_of(checkpoint, 0)
+    content = torch.load(state, weights_only=True)
+    del content["guards"]
+    torch.save(content, state)
+    (checkpoint / MANIFEST).unlink()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    _seal(checkpoint, 1)
+    with pytest.raises(SystemExit):
+        main(command)
+    error = capsys.readouterr().err
+    assert f"error: {checkpoint} was written by another version of bridge_rl (they differ in guards)" in error
 
 
 def test_generate_prints_one_group(finished, capsys):
