@@ -30,7 +30,7 @@ from rollout import tiny_model
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from bridge_rl.config import ModelSection, UpdateSection
+from bridge_rl.config import GuardsSection, ModelSection, UpdateSection
 from bridge_rl.group import split_rows
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report.results import provenance
@@ -114,6 +114,7 @@ def make_trainer(arm: str, mode: str, plan: Plan, directory: str) -> GRPOTrainer
     if update is None:
         trainer = GRPOTrainer(**common)
     else:
+        common["guards"] = GuardsSection(max_rollout_kl=None)  # the completions are made up
         trainer = BridgeGRPOTrainer(**common, width=width, train=mode, update=update)  # type: ignore[arg-type]
     trainer._step = 1000  # past the sampling, whose log-probs ours would be compared with
     trainer.current_gradient_accumulation_steps = 1
