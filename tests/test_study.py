@@ -23,6 +23,7 @@ from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.results import Estimate, Summary
 from bridge_rl.report import names
 from bridge_rl.run import save_recipe
+from bridge_rl.study import cell as cell_module
 from bridge_rl.study import command
 from bridge_rl.study.cell import alone_in, thinned, train_cell, training_seconds
 from bridge_rl.study.cells import (
@@ -406,6 +407,20 @@ def test_a_model_of_another_recipe_is_not_evaluated(study, tmp_path):
     train_cell(recipe, directory)  # it is there: returns at once
     with pytest.raises(UserError, match=r"trained with another training\.learning_rate"):
         train_cell(recipe_of(study, replace(cell, learning_rate=2e-4), tmp_path), directory)
+
+
+def test_a_training_that_was_cut_off_does_not_go_on_by_another_recipe(study, tmp_path, monkeypatch):
+    cell, directory, trained = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "tiny" / "bridge" / "seed_0", []
+    recipe = recipe_of(study, cell, tmp_path)
+    monkeypatch.setattr(cell_module, "train", trained.append)
+    monkeypatch.setattr(cell_module, "warm_up", lambda recipe: None)
+    save_recipe(recipe, directory)  # what a training writes before its first step
+    with pytest.raises(UserError, match=r"trained with another training\.learning_rate"):
+        train_cell(recipe_of(study, replace(cell, learning_rate=2e-4), tmp_path), directory)
+    assert not trained
+    assert not (directory / "starts.jsonl").exists()
+    train_cell(recipe, directory)
+    assert trained == [recipe]
 
 
 def test_seconds_and_rewards_are_those_of_the_log(tmp_path):

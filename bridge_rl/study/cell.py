@@ -108,8 +108,9 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 def train_cell(recipe: Recipe, directory: Path) -> None:
     """As `bridge-rl train` does; nothing where the same recipe's model is there."""
-    if is_trained(directory):
+    if (directory / "recipe.yaml").is_file():  # of a training that may have been cut off: it is not gone on with either
         check_trained(directory, recipe)
+    if is_trained(directory):
         print(f"the model is in {directory}: it is only evaluated", flush=True)
         return
     with (directory / STARTS).open("a") as file:

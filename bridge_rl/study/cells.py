@@ -168,12 +168,12 @@ def is_trained(directory: Path) -> bool:
 
 
 def check_trained(directory: Path, recipe: Recipe) -> None:
-    """Raise UserError where the model in `directory` was made by another recipe."""
+    """Raise UserError where the training in `directory`, whole or cut off, is of another recipe."""
     key = difference(load_recipe(directory / "recipe.yaml"), recipe)
     if key is not None:
         raise UserError(
-            f"{directory} holds a model that was trained with another {key} (recipe.yaml there): delete it, or name "
-            "another --runs."
+            f"{directory} holds what was trained with another {key} (recipe.yaml there): delete it, or name another "
+            "--runs."
         )
 
 
