@@ -38,6 +38,7 @@ from bridge_rl.study.cells import (
     result_path,
     search_cells,
     seed_cells,
+    source_of,
 )
 from bridge_rl.study.compare import Setting, compare, read_task, relative_gain, verdicts
 from bridge_rl.study.config import load_study
@@ -180,6 +181,7 @@ def make_result(study, cell: Cell, values: dict, tmp_path) -> CellResult:
         recipe=recipe_of(study, cell, tmp_path),
         trained_width=4,
         samples=study.samples,
+        source=source_of(study, cell),
         problems="the same",
         made={
             "commit": "abc",
@@ -255,6 +257,37 @@ def test_a_result_of_another_recipe_is_refused(study, tmp_path):
         is_done(study, replace(cell, learning_rate=2e-4), results, tmp_path)
     with pytest.raises(UserError, match="another widths or samples"):
         is_done(load_study(write_study(tmp_path, samples=8)), cell, results, tmp_path)
+
+
+def on_others(split: str) -> dict:
+    """The tasks with other problems in one split."""
+    return {"tiny": {**STUDY["tasks"]["tiny"], split: {**SOURCE, "kwargs": {"seed": 99, "size": 16}}}}
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"overrides": [*STUDY["overrides"], "evaluation.temperature=0.5"]}, "evaluation.temperature"),
+        ({"overrides": [*STUDY["overrides"], "evaluation.top_p=0.9"]}, "evaluation.top_p"),
+        ({"overrides": [*STUDY["overrides"], "evaluation.max_new_tokens=3"]}, "evaluation.max_new_tokens"),
+        ({"samples": 8}, "widths or samples"),
+        ({"tasks": on_others("test")}, "tasks.tiny.test"),
+        ({"tasks": on_others("validation")}, "tasks.tiny.validation"),
+        ({"overrides": [*STUDY["overrides"], "evaluation.every=2", "evaluation.max_rows=32"]}, None),
+    ],
+)
+def test_a_result_that_was_evaluated_otherwise_is_refused(study, tmp_path, changes, key, search):
+    cell, results = Cell("tiny", "bridge", 0, 1e-4, search), tmp_path / "results"
+    result = make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path)
+    write_cell(result, result_path(results, cell))
+    changed = load_study(write_study(tmp_path, **changes))
+    if key is None or key == f"tasks.tiny.{'test' if search else 'validation'}":  # problems of the other split
+        assert is_done(changed, cell, results, tmp_path)
+        return
+    with pytest.raises(UserError) as caught:
+        is_done(changed, cell, results, tmp_path)
+    assert f"another {key} than the study says" in str(caught.value)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
