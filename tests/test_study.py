@@ -374,6 +374,39 @@ def test_a_lead_that_is_not_away_from_zero_does_not_pass(study, tmp_path, monkey
     assert "**no**" in verdicts(task)[0]
 
 
+@pytest.mark.parametrize(
+    ("rlvr", "bridge", "answer"),
+    [
+        ([[1, 0], [1, 1], [1, 1]], [[2, 2], [3, 3], [3, 2]], "yes"),
+        ([[1, 0], [1, 1], [1, 1]], [[1, 1], [3, 3], [4, 3]], "no"),  # a gain of .375 that is not away from 0
+        ([[1, 0], [1, 0], [1, 0]], [[1, 1], [1, 1], [1, 1]], "no"),  # ahead of it, and without a gain all the same
+    ],
+)
+def test_beside_an_arm_that_gains_nothing_the_difference_alone_decides(
+    study, tmp_path, monkeypatch, rlvr, bridge, answer
+):
+    monkeypatch.setitem(RIGHT, "rlvr", rlvr)
+    monkeypatch.setitem(RIGHT, "pmatch", [[0, 0], [0, 0], [0, 1]])
+    monkeypatch.setitem(RIGHT, "bridge", bridge)
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    found = relative_gain(task, 4)
+    assert (found.next_best, found.relative) == ("rlvr", None)
+    assert found.next_gain.value < 0
+    said = verdicts(task)[0]
+    assert f"**{answer}**" in said
+    assert "the next best arm gains nothing over the base" in said
+    assert ("the paired difference alone decides" in said) == (found.gain.value > 0)
+    write_study_report(study, tmp_path / "results", tmp_path / "report")
+    text = (tmp_path / "report" / "table.md").read_text()
+    assert "relative gain - (the next best arm gains nothing" in text
+    assert "Fieller" not in text
+    assert (
+        json.loads((tmp_path / "report" / "report.json").read_text())["tasks"]["tiny"]["relative_gain"]["relative"]
+        is None
+    )
+
+
 def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_what_is_missing(study, tmp_path):
     left_out = [("pmatch", 1), ("base", 2)]
     write_made_up(study, tmp_path / "results", tmp_path, left_out=left_out)

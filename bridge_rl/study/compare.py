@@ -45,14 +45,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class RelativeGain:
-    """The headline arm's gain in pass@1 over the base, over that of the next best arm; Fieller's interval."""
+    """The headline arm's gain in pass@1 over the base, over that of the next best arm; Fieller's interval.
+
+    relative: None where the next best arm gains nothing over the base: a ratio to that says nothing.
+    """
 
     width: int
     next_best: str
     seeds: list[int]
     gain: Estimate
     next_gain: Estimate
-    relative: Estimate
+    relative: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ def relative_gain(task: TaskCells, width: int) -> RelativeGain | None:
         return None
     best = next_best(task, width, seeds)
     gain, next_gain = ([values[arm][seed] - values[base][seed] for seed in seeds] for arm in (headline, best))
-    return RelativeGain(width, best, seeds, over_seeds(gain), over_seeds(next_gain), ratio(gain, next_gain))
+    ours, theirs = over_seeds(gain), over_seeds(next_gain)
+    return RelativeGain(width, best, seeds, ours, theirs, ratio(gain, next_gain) if theirs.value > 0 else None)
 
 
 # -- the bars ---------------------------------------------------------------------------------------------------------
@@ -174,12 +178,17 @@ def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
     difference = compare(task, Setting(study.headline, found.width), Setting(found.next_best, found.width))
     assert difference is not None  # both have the seeds of `found`
     names = f"{study.label(study.headline)} over {study.label(found.next_best)}, the next best"
-    answer = yes_no(difference.above_zero and found.relative.value >= PAPERS_GAIN, difference.above_zero)
+    answer = yes_no(difference.above_zero and gains_enough(found), difference.above_zero)
     return (
         f"Relative gain at least {PAPERS_GAIN}, with the interval of the paired difference above 0: **{answer}**. "
         f"{names}, at width {found.width}: relative gain {relative_text(found)}, "
         f"paired difference {estimate(difference.over_seeds)}."
     )
+
+
+def gains_enough(found: RelativeGain) -> bool:
+    """Any gain is, where the next best arm has none."""
+    return found.gain.value > 0 if found.relative is None else found.relative.value >= PAPERS_GAIN
 
 
 def shuffled_verdict(task: TaskCells, found: RelativeGain) -> str:
@@ -198,6 +207,10 @@ def shuffled_verdict(task: TaskCells, found: RelativeGain) -> str:
 
 
 def relative_text(found: RelativeGain) -> str:
+    """A dash, and why, where there is no ratio."""
+    if found.relative is None:
+        alone = ", and the paired difference alone decides" if found.gain.value > 0 else ""
+        return f"- (the next best arm gains nothing over the base{alone})"
     if found.relative.low is None and len(found.seeds) > 1:
         return f"{estimate(found.relative)} (its interval has no end: the gain of the next best is not away from 0)"
     return estimate(found.relative)
