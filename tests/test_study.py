@@ -290,6 +290,32 @@ def test_a_result_that_was_evaluated_otherwise_is_refused(study, tmp_path, chang
     assert f"another {key} than the study says" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.learning_rate=3e-4", None),
+        ("bridge=null", None),
+        ("rollout.max_new_tokens=5", "rollout.max_new_tokens"),  # which is the evaluation's limit, too
+        ("model.dtype=bfloat16", "model.dtype"),
+        ("data.prompt='{problem} '", "data.prompt"),
+        ("rewards=[{function: rewards/two_tries.py:correct, weight: 0.5}]", "rewards"),
+        ("evaluation.temperature=0.5", "evaluation.temperature"),
+    ],
+)
+def test_results_of_the_base_stay_when_only_training_changes(study, tmp_path, override, key):
+    cell, results = Cell("tiny", "base", 0, None), tmp_path / "results"
+    result = make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path)
+    write_cell(result, result_path(results, cell))
+    changed = load_study(write_study(tmp_path, overrides=[*STUDY["overrides"], override]))
+    assert recipe_of(changed, cell, tmp_path) != result.recipe
+    if key is None:
+        assert is_done(changed, cell, results, tmp_path)
+        return
+    with pytest.raises(UserError) as caught:
+        is_done(changed, cell, results, tmp_path)
+    assert f"another {key} than the study says" in str(caught.value)
+
+
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 

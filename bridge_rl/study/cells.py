@@ -27,6 +27,8 @@ WITHOUT_EFFECT = (
 )
 # Keys of that section that decide how a cell is evaluated; widths and samples are the study's.
 EVALUATED_BY = ("evaluation.temperature", "evaluation.top_p", "evaluation.max_new_tokens")
+# Keys of a recipe that say what the untrained base is and how it answers; its results stay when other ones change.
+OF_BASE = ("model", "data.prompt", "rewards", "rollout.width", "rollout.max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,11 @@ def difference(first: Recipe, second: Recipe) -> str | None:
     return next((key for key in differing(first, second) if not under(key, WITHOUT_EFFECT)), None)
 
 
+def base_difference(first: Recipe, second: Recipe) -> str | None:
+    """A key in which they differ and by which the untrained base answers differently, or is read at another width."""
+    return next((key for key in differing(first, second) if under(key, OF_BASE)), None)
+
+
 def differing(first: Recipe, second: Recipe) -> list[str]:
     one, other = flat(asdict(first)), flat(asdict(second))
     return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
@@ -201,7 +208,9 @@ def is_done(study: Study, cell: Cell, results: Path, runs: Path) -> bool:
 
 
 def check_same(path: Path, study: Study, cell: Cell, result: CellResult, recipe: Recipe) -> None:
-    key = difference(result.recipe, recipe) or evaluation_difference(study, cell, result, recipe)
+    base = study.arms[cell.arm].role == "base"
+    of_recipe = base_difference(result.recipe, recipe) if base else difference(result.recipe, recipe)
+    key = of_recipe or evaluation_difference(study, cell, result, recipe)
     if key is not None:
         raise UserError(f"{path} was made with another {key} than the study says now: delete it to make it again.")
 
