@@ -451,6 +451,18 @@ def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_wha
     }
 
 
+def test_a_bar_counts_the_same_seeds_for_ratio_and_difference(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path, left_out=[("base", 2)])
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert relative_gain(task, 4).seeds == [0, 1]
+    # bridge - P-Match by seed: .125, .25, and the third, .25, without a base. Own - shuffled: .125, .25 (.25).
+    assert compare(task, Setting("bridge", 4), Setting("pmatch", 4)).over_seeds.value == pytest.approx(5 / 24)
+    both, lost = verdicts(task)
+    assert "relative gain 2.000" in both
+    assert "paired difference 0.188" in both
+    assert "shuffled siblings at width 4: 0.188" in lost
+
+
 def test_the_report_shows_every_number_it_writes(study, tmp_path):
     write_made_up(study, tmp_path / "results", tmp_path)
     paths = write_study_report(study, tmp_path / "results", tmp_path / "report")

@@ -115,10 +115,12 @@ def read_task(study: Study, task: str, results: Path) -> TaskCells:
 # -- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def compare(task: TaskCells, first: Setting, second: Setting, metric: str = "pass@1") -> Difference | None:
-    """None where no seed has both."""
+def compare(
+    task: TaskCells, first: Setting, second: Setting, metric: str = "pass@1", among: Sequence[int] | None = None
+) -> Difference | None:
+    """On the seeds that both have, of those `among` where given; None where there are none."""
     ours, theirs = task.values(first, metric), task.values(second, metric)
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = sorted(seed for seed in ours.keys() & theirs.keys() if among is None or seed in among)
     if not seeds:
         return None
     by_problem = [problem_values(task.cells[s.arm], seeds, s, metric) for s in (first, second)]
@@ -175,7 +177,8 @@ def verdicts(task: TaskCells) -> list[str]:
 
 def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
     study = task.study
-    difference = compare(task, Setting(study.headline, found.width), Setting(found.next_best, found.width))
+    ours, theirs = Setting(study.headline, found.width), Setting(found.next_best, found.width)
+    difference = compare(task, ours, theirs, among=found.seeds)  # those of the ratio in the same sentence
     assert difference is not None  # both have the seeds of `found`
     names = f"{study.label(study.headline)} over {study.label(found.next_best)}, the next best"
     answer = yes_no(difference.above_zero and gains_enough(found), difference.above_zero)
@@ -196,7 +199,8 @@ def shuffled_verdict(task: TaskCells, found: RelativeGain) -> str:
     to be ahead of the next best one any more."""
     study, width = task.study, found.width
     own, shuffled = Setting(study.headline, width), Setting(study.headline, width, "shuffled")
-    lost, left = compare(task, own, shuffled), compare(task, shuffled, Setting(found.next_best, width))
+    lost = compare(task, own, shuffled, among=found.seeds)
+    left = compare(task, shuffled, Setting(found.next_best, width), among=found.seeds)
     if lost is None or left is None:
         return "Shuffled siblings lose the benefit: **not known**, they were not sampled."
     answer = yes_no(lost.above_zero and not left.above_zero, lost.above_zero)
