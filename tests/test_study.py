@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from scipy import stats
 
@@ -23,8 +24,9 @@ from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.results import Estimate, Summary
 from bridge_rl.report import names
 from bridge_rl.run import save_recipe
+from bridge_rl.study import cell as cell_module
 from bridge_rl.study import command
-from bridge_rl.study.cell import alone_in, thinned, train_cell, training_seconds
+from bridge_rl.study.cell import alone_in, run_cell, thinned, train_cell, training_seconds
 from bridge_rl.study.cells import (
     Cell,
     chosen_rate,
@@ -37,6 +39,7 @@ from bridge_rl.study.cells import (
     result_path,
     search_cells,
     seed_cells,
+    source_of,
 )
 from bridge_rl.study.compare import Setting, compare, read_task, relative_gain, verdicts
 from bridge_rl.study.config import load_study
@@ -179,6 +182,7 @@ def make_result(study, cell: Cell, values: dict, tmp_path) -> CellResult:
         recipe=recipe_of(study, cell, tmp_path),
         trained_width=4,
         samples=study.samples,
+        source=source_of(study, cell),
         problems="the same",
         made={
             "commit": "abc",
@@ -254,6 +258,63 @@ def test_a_result_of_another_recipe_is_refused(study, tmp_path):
         is_done(study, replace(cell, learning_rate=2e-4), results, tmp_path)
     with pytest.raises(UserError, match="another widths or samples"):
         is_done(load_study(write_study(tmp_path, samples=8)), cell, results, tmp_path)
+
+
+def on_others(split: str) -> dict:
+    """The tasks with other problems in one split."""
+    return {"tiny": {**STUDY["tasks"]["tiny"], split: {**SOURCE, "kwargs": {"seed": 99, "size": 16}}}}
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"overrides": [*STUDY["overrides"], "evaluation.temperature=0.5"]}, "evaluation.temperature"),
+        ({"overrides": [*STUDY["overrides"], "evaluation.top_p=0.9"]}, "evaluation.top_p"),
+        ({"overrides": [*STUDY["overrides"], "evaluation.max_new_tokens=3"]}, "evaluation.max_new_tokens"),
+        ({"samples": 8}, "widths or samples"),
+        ({"tasks": on_others("test")}, "tasks.tiny.test"),
+        ({"tasks": on_others("validation")}, "tasks.tiny.validation"),
+        ({"overrides": [*STUDY["overrides"], "evaluation.every=2", "evaluation.max_rows=32"]}, None),
+    ],
+)
+def test_a_result_that_was_evaluated_otherwise_is_refused(study, tmp_path, changes, key, search):
+    cell, results = Cell("tiny", "bridge", 0, 1e-4, search), tmp_path / "results"
+    result = make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path)
+    write_cell(result, result_path(results, cell))
+    changed = load_study(write_study(tmp_path, **changes))
+    if key is None or key == f"tasks.tiny.{'test' if search else 'validation'}":  # problems of the other split
+        assert is_done(changed, cell, results, tmp_path)
+        return
+    with pytest.raises(UserError) as caught:
+        is_done(changed, cell, results, tmp_path)
+    assert f"another {key} than the study says" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.learning_rate=3e-4", None),
+        ("bridge=null", None),
+        ("rollout.max_new_tokens=5", "rollout.max_new_tokens"),  # which is the evaluation's limit, too
+        ("model.dtype=bfloat16", "model.dtype"),
+        ("data.prompt='{problem} '", "data.prompt"),
+        ("rewards=[{function: rewards/two_tries.py:correct, weight: 0.5}]", "rewards"),
+        ("evaluation.temperature=0.5", "evaluation.temperature"),
+    ],
+)
+def test_results_of_the_base_stay_when_only_training_changes(study, tmp_path, override, key):
+    cell, results = Cell("tiny", "base", 0, None), tmp_path / "results"
+    result = make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path)
+    write_cell(result, result_path(results, cell))
+    changed = load_study(write_study(tmp_path, overrides=[*STUDY["overrides"], override]))
+    assert recipe_of(changed, cell, tmp_path) != result.recipe
+    if key is None:
+        assert is_done(changed, cell, results, tmp_path)
+        return
+    with pytest.raises(UserError) as caught:
+        is_done(changed, cell, results, tmp_path)
+    assert f"another {key} than the study says" in str(caught.value)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -340,6 +401,39 @@ def test_a_lead_that_is_not_away_from_zero_does_not_pass(study, tmp_path, monkey
     assert "**no**" in verdicts(task)[0]
 
 
+@pytest.mark.parametrize(
+    ("rlvr", "bridge", "answer"),
+    [
+        ([[1, 0], [1, 1], [1, 1]], [[2, 2], [3, 3], [3, 2]], "yes"),
+        ([[1, 0], [1, 1], [1, 1]], [[1, 1], [3, 3], [4, 3]], "no"),  # a gain of .375 that is not away from 0
+        ([[1, 0], [1, 0], [1, 0]], [[1, 1], [1, 1], [1, 1]], "no"),  # ahead of it, and without a gain all the same
+    ],
+)
+def test_beside_an_arm_that_gains_nothing_the_difference_alone_decides(
+    study, tmp_path, monkeypatch, rlvr, bridge, answer
+):
+    monkeypatch.setitem(RIGHT, "rlvr", rlvr)
+    monkeypatch.setitem(RIGHT, "pmatch", [[0, 0], [0, 0], [0, 1]])
+    monkeypatch.setitem(RIGHT, "bridge", bridge)
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    found = relative_gain(task, 4)
+    assert (found.next_best, found.relative) == ("rlvr", None)
+    assert found.next_gain.value < 0
+    said = verdicts(task)[0]
+    assert f"**{answer}**" in said
+    assert "the next best arm gains nothing over the base" in said
+    assert ("the paired difference alone decides" in said) == (found.gain.value > 0)
+    write_study_report(study, tmp_path / "results", tmp_path / "report")
+    text = (tmp_path / "report" / "table.md").read_text()
+    assert "relative gain - (the next best arm gains nothing" in text
+    assert "Fieller" not in text
+    assert (
+        json.loads((tmp_path / "report" / "report.json").read_text())["tasks"]["tiny"]["relative_gain"]["relative"]
+        is None
+    )
+
+
 def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_what_is_missing(study, tmp_path):
     left_out = [("pmatch", 1), ("base", 2)]
     write_made_up(study, tmp_path / "results", tmp_path, left_out=left_out)
@@ -356,6 +450,18 @@ def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_wha
         "base": [2],
         "pmatch": [1],
     }
+
+
+def test_a_bar_counts_the_same_seeds_for_ratio_and_difference(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path, left_out=[("base", 2)])
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert relative_gain(task, 4).seeds == [0, 1]
+    # bridge - P-Match by seed: .125, .25, and the third, .25, without a base. Own - shuffled: .125, .25 (.25).
+    assert compare(task, Setting("bridge", 4), Setting("pmatch", 4)).over_seeds.value == pytest.approx(5 / 24)
+    both, lost = verdicts(task)
+    assert "relative gain 2.000" in both
+    assert "paired difference 0.188" in both
+    assert "shuffled siblings at width 4: 0.188" in lost
 
 
 def test_the_report_shows_every_number_it_writes(study, tmp_path):
@@ -406,6 +512,20 @@ def test_a_model_of_another_recipe_is_not_evaluated(study, tmp_path):
     train_cell(recipe, directory)  # it is there: returns at once
     with pytest.raises(UserError, match=r"trained with another training\.learning_rate"):
         train_cell(recipe_of(study, replace(cell, learning_rate=2e-4), tmp_path), directory)
+
+
+def test_a_training_that_was_cut_off_does_not_go_on_by_another_recipe(study, tmp_path, monkeypatch):
+    cell, directory, trained = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "tiny" / "bridge" / "seed_0", []
+    recipe = recipe_of(study, cell, tmp_path)
+    monkeypatch.setattr(cell_module, "train", trained.append)
+    monkeypatch.setattr(cell_module, "warm_up", lambda recipe: None)
+    save_recipe(recipe, directory)  # what a training writes before its first step
+    with pytest.raises(UserError, match=r"trained with another training\.learning_rate"):
+        train_cell(recipe_of(study, replace(cell, learning_rate=2e-4), tmp_path), directory)
+    assert not trained
+    assert not (directory / "starts.jsonl").exists()
+    train_cell(recipe, directory)
+    assert trained == [recipe]
 
 
 def test_seconds_and_rewards_are_those_of_the_log(tmp_path):
@@ -463,30 +583,39 @@ def kill_in_training(runner: "subprocess.Popen[str]", cell: str, directory: Path
     assert not (directory / "history.jsonl").exists(), "the kill came too late: it would prove little"
 
 
+def undisturbed(study, cell: Cell, directory: Path) -> CellResult:
+    """In this process, with as many threads as a cell's own has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(study.threads)
+    try:
+        run_cell(study, cell, directory / "results", directory / "runs")
+    finally:
+        torch.set_num_threads(threads)
+    return read_cell(result_path(directory / "results", cell))
+
+
 @pytest.mark.slow
 def test_a_study_with_a_killed_cell_goes_on_and_ends_with_the_same_results(tmp_path):
-    options = ["--only", "tiny/rlvr", "--only", "tiny/bridge", "--jobs", "2"]
-    path, undisturbed = (write_study(tmp_path / name, seeds=[0, 1]) for name in ("killed", "undisturbed"))
+    options = ["--only", "tiny/base", "--only", "tiny/rlvr", "--only", "tiny/bridge", "--jobs", "2"]
+    path = write_study(tmp_path / "killed", seeds=[0])
     runner = run_study(path, *options)
     kill_in_training(runner, "tiny/bridge/0", path.parent / "runs" / "tiny" / "bridge" / "seed_0")
     runner.communicate()
     assert runner.returncode == 1
     results = path.parent / "results" / "tiny"
     done = {str(file.relative_to(results)): file.stat().st_mtime_ns for file in sorted(results.glob("*/*.json"))}
-    assert list(done) == ["bridge/seed_1.json", "rlvr/seed_0.json", "rlvr/seed_1.json"]
+    assert list(done) == ["base/seed_0.json", "rlvr/seed_0.json"]
 
-    again, alone = run_study(path, *options), run_study(undisturbed, "--only", "tiny/bridge/0")
+    again = run_study(path, *options)
+    theirs = undisturbed(load_study(path), Cell("tiny", "bridge", 0, 1e-4), tmp_path / "undisturbed")
     said, _ = again.communicate()
-    alone.communicate()
     assert again.returncode == 0, said
     assert said.count("begins:") == 1  # what was done is not done again
     assert {name: (results / name).stat().st_mtime_ns for name in done} == done
     assert "going on from" in (path.parent / "runs" / "tiny" / "bridge" / "seed_0" / "log.txt").read_text()
-    assert "4 of 8 cells are done" in (path.parent / "report" / "table.md").read_text()
+    assert "3 of 4 cells are done" in (path.parent / "report" / "table.md").read_text()
 
-    ours, theirs = (
-        read_cell(file.parent / "results" / "tiny" / "bridge" / "seed_0.json") for file in (path, undisturbed)
-    )
+    ours = read_cell(results / "bridge" / "seed_0.json")
     assert (ours.summaries, ours.counts, ours.history) == (theirs.summaries, theirs.counts, theirs.history)
     assert len(ours.trained) == 2
     assert len(theirs.trained) == 1

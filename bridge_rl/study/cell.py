@@ -46,6 +46,7 @@ from bridge_rl.study.cells import (
     rate_name,
     recipe_of,
     result_path,
+    source_of,
     tried_rates,
 )
 from bridge_rl.study.config import Study, load_study
@@ -75,6 +76,7 @@ def run_cell(study: Study, cell: Cell, results: Path, runs: Path) -> CellResult:
             recipe=recipe,
             trained_width=recipe.rollout.width,
             samples=study.samples,
+            source=source_of(study, cell),
             problems=job.settings["problems"],
             made=machine(),
             trained=read_lines(directory / STARTS),
@@ -108,8 +110,9 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 def train_cell(recipe: Recipe, directory: Path) -> None:
     """As `bridge-rl train` does; nothing where the same recipe's model is there."""
-    if is_trained(directory):
+    if (directory / "recipe.yaml").is_file():  # of a training that may have been cut off: it is not gone on with either
         check_trained(directory, recipe)
+    if is_trained(directory):
         print(f"the model is in {directory}: it is only evaluated", flush=True)
         return
     with (directory / STARTS).open("a") as file:
@@ -156,11 +159,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def evaluation_job(study: Study, cell: Cell, recipe: Recipe, directory: Path, base: bool) -> Job:
     """What `bridge-rl eval` would do; of a cell of the test problems with `--controls`."""
-    task, section = study.tasks[cell.task], recipe.evaluation
-    source, split = (task.validation, "validation") if cell.search else (task.test, "test")
-    suite = Suite(
-        f"{cell.task}, {split}", source, "as in the task", "", reward=recipe.rewards[0], prompt=recipe.data.prompt
-    )
+    section, source = recipe.evaluation, source_of(study, cell)
+    name = f"{cell.task}, {'validation' if cell.search else 'test'}"
+    suite = Suite(name, source, "as in the task", "", reward=recipe.rewards[0], prompt=recipe.data.prompt)
     trained = recipe.model if base else ModelSection(str(directory), dtype=recipe.model.dtype)
     model = load_model(trained).to(PartialState().device).eval()
     limit = section.max_new_tokens or recipe.rollout.max_new_tokens

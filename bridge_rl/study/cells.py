@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge_rl.config import Recipe, load_recipe, nearest
+from bridge_rl.config import DataSource, Recipe, load_recipe, nearest
 from bridge_rl.errors import UserError
 from bridge_rl.models import find_file
 from bridge_rl.study.config import Study
@@ -25,6 +25,10 @@ WITHOUT_EFFECT = (
     "training.save_total_limit",
     "training.logging_steps",
 )
+# Keys of that section that decide how a cell is evaluated; widths and samples are the study's.
+EVALUATED_BY = ("evaluation.temperature", "evaluation.top_p", "evaluation.max_new_tokens")
+# Keys of a recipe that say what the untrained base is and how it answers; its results stay when other ones change.
+OF_BASE = ("model", "data.prompt", "rewards", "rollout.width", "rollout.max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,12 @@ def result_path(results: Path, cell: Cell) -> Path:
     return results / f"{cell.place}.json"
 
 
+def source_of(study: Study, cell: Cell) -> DataSource:
+    """The problems it is evaluated on."""
+    task = study.tasks[cell.task]
+    return task.validation if cell.search else task.test
+
+
 def recipe_path(study: Study, cell: Cell) -> Path:
     named = study.tasks[cell.task].recipe
     path = find_file(named)
@@ -144,13 +154,23 @@ def recipe_of(study: Study, cell: Cell, runs: Path) -> Recipe:
 
 
 def difference(first: Recipe, second: Recipe) -> str | None:
-    """A key that counts in which two recipes differ, as `training.max_steps`."""
+    """A key in which two recipes differ and train differently, as `training.max_steps`."""
+    return next((key for key in differing(first, second) if not under(key, WITHOUT_EFFECT)), None)
+
+
+def base_difference(first: Recipe, second: Recipe) -> str | None:
+    """A key in which they differ and by which the untrained base answers differently, or is read at another width."""
+    return next((key for key in differing(first, second) if under(key, OF_BASE)), None)
+
+
+def differing(first: Recipe, second: Recipe) -> list[str]:
     one, other = flat(asdict(first)), flat(asdict(second))
-    for key in sorted(one.keys() | other.keys()):
-        counts = not any(key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT)
-        if counts and one.get(key) != other.get(key):
-            return key
-    return None
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+
+
+def under(key: str, names: Sequence[str]) -> bool:
+    """Whether it is one of `names`, or lies in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flat(content: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -168,17 +188,17 @@ def is_trained(directory: Path) -> bool:
 
 
 def check_trained(directory: Path, recipe: Recipe) -> None:
-    """Raise UserError where the model in `directory` was made by another recipe."""
+    """Raise UserError where the training in `directory`, whole or cut off, is of another recipe."""
     key = difference(load_recipe(directory / "recipe.yaml"), recipe)
     if key is not None:
         raise UserError(
-            f"{directory} holds a model that was trained with another {key} (recipe.yaml there): delete it, or name "
-            "another --runs."
+            f"{directory} holds what was trained with another {key} (recipe.yaml there): delete it, or name another "
+            "--runs."
         )
 
 
 def is_done(study: Study, cell: Cell, results: Path, runs: Path) -> bool:
-    """Whether its result is there. Raises UserError for a result of another recipe, or evaluated otherwise."""
+    """Whether its result is there. Raises UserError for one of another recipe, evaluated otherwise, or on others."""
     path = result_path(results, cell)
     if not path.is_file():
         return False
@@ -188,8 +208,18 @@ def is_done(study: Study, cell: Cell, results: Path, runs: Path) -> bool:
 
 
 def check_same(path: Path, study: Study, cell: Cell, result: CellResult, recipe: Recipe) -> None:
-    key = difference(result.recipe, recipe)
-    if key is None and not cell.search and result.evaluated(study.widths, study.samples) is False:
-        key = "widths or samples"
+    base = study.arms[cell.arm].role == "base"
+    of_recipe = base_difference(result.recipe, recipe) if base else difference(result.recipe, recipe)
+    key = of_recipe or evaluation_difference(study, cell, result, recipe)
     if key is not None:
         raise UserError(f"{path} was made with another {key} than the study says now: delete it to make it again.")
+
+
+def evaluation_difference(study: Study, cell: Cell, result: CellResult, recipe: Recipe) -> str | None:
+    """A key in which the evaluation of a result is not what the study says."""
+    widths = [recipe.rollout.width] if cell.search else study.widths
+    if not result.evaluated(widths, study.samples):
+        return "widths or samples"
+    if result.source != source_of(study, cell):
+        return f"tasks.{cell.task}.{result.split}"
+    return next((key for key in differing(result.recipe, recipe) if under(key, EVALUATED_BY)), None)

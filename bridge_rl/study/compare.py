@@ -45,14 +45,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class RelativeGain:
-    """The headline arm's gain in pass@1 over the base, over that of the next best arm; Fieller's interval."""
+    """The headline arm's gain in pass@1 over the base, over that of the next best arm; Fieller's interval.
+
+    relative: None where the next best arm gains nothing over the base: a ratio to that says nothing.
+    """
 
     width: int
     next_best: str
     seeds: list[int]
     gain: Estimate
     next_gain: Estimate
-    relative: Estimate
+    relative: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,12 @@ def read_task(study: Study, task: str, results: Path) -> TaskCells:
 # -- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def compare(task: TaskCells, first: Setting, second: Setting, metric: str = "pass@1") -> Difference | None:
-    """None where no seed has both."""
+def compare(
+    task: TaskCells, first: Setting, second: Setting, metric: str = "pass@1", among: Sequence[int] | None = None
+) -> Difference | None:
+    """On the seeds that both have, of those `among` where given; None where there are none."""
     ours, theirs = task.values(first, metric), task.values(second, metric)
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = sorted(seed for seed in ours.keys() & theirs.keys() if among is None or seed in among)
     if not seeds:
         return None
     by_problem = [problem_values(task.cells[s.arm], seeds, s, metric) for s in (first, second)]
@@ -154,7 +159,8 @@ def relative_gain(task: TaskCells, width: int) -> RelativeGain | None:
         return None
     best = next_best(task, width, seeds)
     gain, next_gain = ([values[arm][seed] - values[base][seed] for seed in seeds] for arm in (headline, best))
-    return RelativeGain(width, best, seeds, over_seeds(gain), over_seeds(next_gain), ratio(gain, next_gain))
+    ours, theirs = over_seeds(gain), over_seeds(next_gain)
+    return RelativeGain(width, best, seeds, ours, theirs, ratio(gain, next_gain) if theirs.value > 0 else None)
 
 
 # -- the bars ---------------------------------------------------------------------------------------------------------
@@ -171,10 +177,11 @@ def verdicts(task: TaskCells) -> list[str]:
 
 def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
     study = task.study
-    difference = compare(task, Setting(study.headline, found.width), Setting(found.next_best, found.width))
+    ours, theirs = Setting(study.headline, found.width), Setting(found.next_best, found.width)
+    difference = compare(task, ours, theirs, among=found.seeds)  # those of the ratio in the same sentence
     assert difference is not None  # both have the seeds of `found`
     names = f"{study.label(study.headline)} over {study.label(found.next_best)}, the next best"
-    answer = yes_no(difference.above_zero and found.relative.value >= PAPERS_GAIN, difference.above_zero)
+    answer = yes_no(difference.above_zero and gains_enough(found), difference.above_zero)
     return (
         f"Relative gain at least {PAPERS_GAIN}, with the interval of the paired difference above 0: **{answer}**. "
         f"{names}, at width {found.width}: relative gain {relative_text(found)}, "
@@ -182,12 +189,18 @@ def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
     )
 
 
+def gains_enough(found: RelativeGain) -> bool:
+    """Any gain is, where the next best arm has none."""
+    return found.gain.value > 0 if found.relative is None else found.relative.value >= PAPERS_GAIN
+
+
 def shuffled_verdict(task: TaskCells, found: RelativeGain) -> str:
     """The benefit is lost where own siblings do better than shuffled ones, and with shuffled ones the arm is not shown
     to be ahead of the next best one any more."""
     study, width = task.study, found.width
     own, shuffled = Setting(study.headline, width), Setting(study.headline, width, "shuffled")
-    lost, left = compare(task, own, shuffled), compare(task, shuffled, Setting(found.next_best, width))
+    lost = compare(task, own, shuffled, among=found.seeds)
+    left = compare(task, shuffled, Setting(found.next_best, width), among=found.seeds)
     if lost is None or left is None:
         return "Shuffled siblings lose the benefit: **not known**, they were not sampled."
     answer = yes_no(lost.above_zero and not left.above_zero, lost.above_zero)
@@ -198,6 +211,10 @@ def shuffled_verdict(task: TaskCells, found: RelativeGain) -> str:
 
 
 def relative_text(found: RelativeGain) -> str:
+    """A dash, and why, where there is no ratio."""
+    if found.relative is None:
+        alone = ", and the paired difference alone decides" if found.gain.value > 0 else ""
+        return f"- (the next best arm gains nothing over the base{alone})"
     if found.relative.low is None and len(found.seeds) > 1:
         return f"{estimate(found.relative)} (its interval has no end: the gain of the next best is not away from 0)"
     return estimate(found.relative)

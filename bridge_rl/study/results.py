@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bridge_rl.config import Recipe
+from bridge_rl.config import DataSource, Recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import Aggregated, Comparison, Condition, Estimate, Summary
 
@@ -53,7 +53,7 @@ class CellResult:
 
     made: how the evaluation was made. trained: the same of each start of the training; empty where it was not started
     by the study, and of the base. tried: learning rate -> validation pass@1, of the search. history: mean training
-    reward up to each of the steps. problems: a digest of the split's problems.
+    reward up to each of the steps. source: of the split's problems; problems: a digest of them.
     """
 
     task: str
@@ -65,6 +65,7 @@ class CellResult:
     recipe: Recipe
     trained_width: int
     samples: int
+    source: DataSource
     problems: str
     made: dict[str, Any]
     trained: list[dict[str, Any]]

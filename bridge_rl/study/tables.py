@@ -52,9 +52,10 @@ def difference_table(task: TaskCells) -> Table:
         "other one is a two-way bootstrap over seeds and problems, too narrow for few seeds."
     )
     if gain is not None:
+        fieller = "" if gain.relative is None else ", with Fieller's interval"
         note += (
             f" Gain over the base: {estimate(gain.gain)}, of the next best arm ({study.label(gain.next_best)}, by its "
-            f"mean) {estimate(gain.next_gain)}; relative gain {relative_text(gain)}, with Fieller's interval "
+            f"mean) {estimate(gain.next_gain)}; relative gain {relative_text(gain)}{fieller} "
             f"(paired seeds: {len(gain.seeds)})."
         )
     return Table(f"{study.label(study.headline)} minus each arm at width {width}", header, rows, 2, note)
