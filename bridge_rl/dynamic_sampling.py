@@ -24,6 +24,7 @@ from bridge_rl.config import DynamicSampling
 from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows, split_rows
 from bridge_rl.report import names
+from bridge_rl.reward_errors import RewardFailed
 from bridge_rl.rollout.sampling import stream_seed
 
 if TYPE_CHECKING:
@@ -93,6 +94,18 @@ def choose(missing: int, max_rounds: int, sample_to: Callable[[int], Sequence[bo
     return chosen, max_rounds
 
 
+def check_columns(columns: dict[str, list[Any]], rows: int) -> None:
+    """Raise RewardFailed, on all ranks, where a reward has logged fewer values than completions on one."""
+    short = [
+        f"a reward's log_extra({name!r}) gave {len(values)} values for {rows} completions: give one for each."
+        for name, values in sorted(columns.items())
+        if len(values) < rows
+    ]
+    found = gather_object(short)
+    if found:
+        raise RewardFailed(found[0])
+
+
 def local_rows(trainer: "BridgeGRPOTrainer", rows: int) -> slice:
     """This rank's among those of all, of which each has as many."""
     return slice(trainer.accelerator.process_index * rows, (trainer.accelerator.process_index + 1) * rows)
@@ -111,10 +124,10 @@ class DynamicSampler:
         if not isinstance(trainer.train_dataset, Dataset):
             raise UserError("rollout.dynamic_sampling looks problems up by their number: leave it out for a stream.")
         problems = len(trainer.train_dataset)
-        if problems < slots + self.unit:
+        if problems <= slots:
             raise UserError(
                 f"rollout.dynamic_sampling: data.train has {problems} problems and a generation batch takes {slots}, "
-                f"which leaves fewer than the {self.unit} sampled at once: add problems or lower the batch."
+                "which leaves none to give way to: add problems or lower the batch."
             )
 
     def sample(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Sampled]:
@@ -136,6 +149,7 @@ class DynamicSampler:
         """Candidates, the numbers of those that fill the missing slots, and the rounds it took."""
         candidates, order = Candidates(), self._order(taken)
         first_round = {name: len(values) for name, values in self._lengths().items()}
+        of_rewards = {name: list(values) for name, values in self.trainer._pending_metrics.items()}
 
         def sample_to(number: int) -> list[bool]:
             if number > len(candidates.signal):
@@ -145,6 +159,8 @@ class DynamicSampler:
         chosen, rounds = choose(missing, self.options.max_rounds, sample_to)
         for name, values in self._lengths().items():  # or a round of one prompt would count as much as a whole batch
             del values[first_round[name] :]
+        self.trainer._pending_metrics.clear()
+        self.trainer._pending_metrics.update(of_rewards)
         return candidates, chosen, rounds
 
     def _signal(self, rewards: Tensor) -> list[bool]:
@@ -162,6 +178,7 @@ class DynamicSampler:
         examples = [{**example, **more} for example, more in zip(inputs, fields, strict=True)]
         rewards = trainer._calculate_rewards(examples, prompts, completions, completion_ids)
         pending = trainer._pending_extra_logs
+        check_columns(pending, len(inputs))
         logged = [{column: values[row] for column, values in pending.items()} for row in range(len(inputs))]
         pending.clear()
         columns = (inputs, ids, completion_ids, masks or [None] * len(inputs), completions, logprobs, fields, logged)
@@ -179,12 +196,13 @@ class DynamicSampler:
     def _sample_candidates(
         self, candidates: Candidates, order: Iterator[dict[str, Any]], number: int, slots: int
     ) -> None:
-        """At least so many more, in whole units; fewer where the data end."""
+        """At least so many more, in whole units; fewer where the data end, the last unit then filled with repeats."""
         wanted = math.ceil(number / self.unit) * self.unit
         examples = [example for _, example in zip(range(wanted), order, strict=False)]
-        examples = examples[: len(examples) // self.unit * self.unit]
         if not examples:
             return
+        found = len(examples)
+        examples += [examples[0]] * (-found % self.unit)  # sampled, or ranks would differ in rows, and not looked at
         trainer, first = self.trainer, len(candidates.signal)
         groups_of_prompt = self.num_generations // trainer.width
         trainer.groups_before = (slots + first) * groups_of_prompt
@@ -192,8 +210,8 @@ class DynamicSampler:
         mine = local_rows(trainer, len(places) // trainer.accelerator.num_processes)
         rows, rewards = self._sample_rows([dict(examples[number - first]) for number, _ in places[mine]])
         candidates.rows |= zip(places[mine], rows, strict=True)
-        candidates.rewards += split_rows(rewards, self.num_generations).unbind()
-        candidates.signal += self._signal(rewards)
+        candidates.rewards += split_rows(rewards, self.num_generations).unbind()[:found]
+        candidates.signal += self._signal(rewards)[:found]
 
     def _fill(
         self, rows: list[Row], rewards: Tensor, filled: dict[int, int], candidates: Candidates

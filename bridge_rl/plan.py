@@ -24,7 +24,7 @@ from bridge_rl.memory import Memory, estimate
 from bridge_rl.memory_shapes import Parameters
 from bridge_rl.models import load_reward, load_tokenizer, model_config, resolve_path
 from bridge_rl.presets import preset_config
-from bridge_rl.safety import conflicts
+from bridge_rl.safety import conflicts, guard_conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
 
 # Fields of GRPOConfig that another section of the recipe decides.
@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
     config = preset_config(recipe.model.path) or model_config(recipe.model)
     parameters, batches = count_parameters(config, recipe), work_out_batches(recipe)
     found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
-    found += batch_conflicts(recipe, batches) + file_conflicts(recipe)
+    found += [*batch_conflicts(recipe, batches), *file_conflicts(recipe), *guard_conflicts(recipe, config)]
     own_base = recipe.model.gguf_file or recipe.model.revision or is_bridge_checkpoint(resolve_path(recipe.model.path))
     if recipe.train == "full" and recipe.training.get("beta") and own_base:
         found.append(

@@ -7,6 +7,7 @@ What is kept whole and how:
 - everything else (the losses, advantages, ratios, logging) is TRL's own.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -262,6 +263,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of this update, which is left out if a guard says so: no parameter has a gradient then."""
+        if grad_norm is None and self._guards.in_charge:  # nothing is clipped, and the host's way would spoil NaNs
+            grad_norm = clip_finite(model, math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
         skips = self._guards.skips(model, norm)
         if self._guards.in_charge:

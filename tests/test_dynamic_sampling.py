@@ -25,12 +25,13 @@ def tokenizer():
     return load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
 
 
-def hard(prompts, completion_ids, log_extra=None, **kwargs):
+def hard(prompts, completion_ids, log_extra=lambda *a: None, log_metric=lambda *a: None, **kwargs):
     """No signal for a third of the problems, whatever is said, and now and then for others."""
     rewards = [
         0.0 if ":1=" in prompt else float(ids[0] % 5 == 0) for prompt, ids in zip(prompts, completion_ids, strict=True)
     ]
     log_extra("first_token", [ids[0] for ids in completion_ids])
+    log_metric("mean_first_token", sum(ids[0] for ids in completion_ids) / len(completion_ids))
     return rewards
 
 
@@ -107,7 +108,7 @@ def slow_selection(given, rounds, max_rounds):
     slots, candidates = sampled[: len(given) // GENERATIONS], sampled[len(given) // GENERATIONS :]
 
     def signal(prompt, ids):
-        return len(set(hard([prompt] * GENERATIONS, ids, log_extra=lambda *args: None))) > 1
+        return len(set(hard([prompt] * GENERATIONS, ids))) > 1
 
     for _ in range(max_rounds):
         empty = [slot for slot, entry in enumerate(slots) if not signal(*entry)]
@@ -129,7 +130,7 @@ def test_the_batch_is_the_one_that_a_slow_selection_gives(tokenizer, tmp_path, m
         completions = [ids for _, group in expected for ids in group]
         assert rows_of(batch, "prompt_ids") == prompts
         assert rows_of(batch, "completion_ids") == completions
-        rewards = torch.tensor(hard([p for p, _ in expected for _ in range(GENERATIONS)], completions, lambda *a: None))
+        rewards = torch.tensor(hard([p for p, _ in expected for _ in range(GENERATIONS)], completions))
         assert batch["rewards"].flatten().tolist() == rewards.tolist()
         of_prompt = rewards.view(-1, GENERATIONS)
         advantages = (of_prompt - of_prompt.mean(1, keepdim=True)) / (of_prompt.std(1, keepdim=True) + 1e-4)
@@ -162,6 +163,8 @@ def test_what_was_sampled_is_counted(tokenizer, tmp_path):
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     for entry, (given, rounds, batch) in zip(entries, trainer.batches, strict=True):
+        first = [ids[0] for ids in rounds[0]["ids"]]
+        assert entry["mean_first_token"] == pytest.approx(sum(first) / len(first))
         rows = sum(len(x["prompts"]) for x in rounds)
         tokens = sum(len(ids) for x in rounds for ids in x["ids"])
         slots = len(given) // GENERATIONS
@@ -171,7 +174,7 @@ def test_what_was_sampled_is_counted(tokenizer, tmp_path):
         unfilled = entry[names.DYNAMIC_UNFILLED]
         assert unfilled == sum(len(set(x)) == 1 for x in batch["rewards"].view(-1, GENERATIONS).tolist())
         assert entry["frac_reward_zero_std"] == unfilled / slots
-        first = hard(given, rounds[0]["ids"], lambda *args: None)
+        first = hard(given, rounds[0]["ids"])
         assert entry[names.DYNAMIC_REWARD] == pytest.approx(sum(first) / len(first))
         assert entry[names.PROMPT_ALL_WRONG] == sum(not any(x) for x in groups_of(first, GENERATIONS)) / slots
         assert entry[names.PROMPT_ALL_RIGHT] == sum(all(x) for x in groups_of(first, GENERATIONS)) / slots
@@ -211,6 +214,28 @@ def test_where_the_data_end_the_rounds_end(tokenizer, tmp_path):
     trainer.train()
     [(_, rounds, _)] = trainer.batches
     assert [len(x["prompts"]) for x in rounds] == [32, 16]
+
+
+@pytest.mark.parametrize("unit", [2, 4])
+def test_where_the_data_end_in_the_middle_of_a_unit_the_rest_is_looked_at_too(tokenizer, tmp_path, unit):
+    """As where ranks share a prompt's rows: 3 candidates for 4 slots, each with a signal."""
+    batches = []
+    for several in (1, unit):
+        first: set[str] = set()
+
+        def later(prompts, first=first, **kwargs):
+            first.update(prompts if not first else ())
+            return [0.0 if prompt in first else float(row % 2) for row, prompt in enumerate(prompts)]
+
+        trainer = make_trainer(tokenizer, tmp_path, DynamicSampling(5), later, PROMPTS[:7], max_steps=1)
+        trainer._dynamic.unit = several
+        trainer.train()
+        [(_, rounds, batch)] = trainer.batches
+        assert [len(x["prompts"]) for x in rounds] == [32, 24 if several == 1 else 32]
+        [entry] = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [entry[name] for name in names.DYNAMIC] == [7, 3, 1, 1, 0.0]
+        batches.append([rows_of(batch, key) for key in ("prompt_ids", "completion_ids")])
+    assert batches[0] == batches[1]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])
@@ -260,6 +285,22 @@ def test_the_choice_does_not_depend_on_how_many_are_sampled_at_once(seed, unit):
     # The slow one reads the bound once a round, as `range` does.
     assert chosen == expected
     assert rounds <= max_rounds
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_column_with_fewer_values_than_rows_is_named(tokenizer, tmp_path, rounds):
+    """In the first round and in a further one."""
+    calls = []
+
+    def careless(prompts, log_extra, **kwargs):
+        calls.append(prompts)
+        log_extra("length", [0] * (len(prompts) - (len(calls) > rounds)))
+        return [1.0] * len(prompts)
+
+    trainer = make_trainer(tokenizer, tmp_path, DynamicSampling(2), careless)
+    with pytest.raises(UserError, match=r"log_extra\('length'\) gave 31 values for 32 completions: give one for each"):
+        trainer.train()
+    assert len(calls) == rounds + 1
 
 
 def test_rows_without_a_score_are_no_signal():

@@ -130,9 +130,10 @@ def test_without_the_guard_the_weights_are_lost(tokenizer, tmp_path):
     assert not (tmp_path / "guards").exists()
 
 
-def test_a_gradient_that_is_not_finite_is_named_and_skipped(tokenizer, tmp_path):
-    """The loss is finite, and so are all gradients but one parameter's."""
-    trainer = make_trainer(tokenizer, tmp_path, max_steps=2)
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_is_named_and_skipped(tokenizer, tmp_path, max_grad_norm):
+    """The loss is finite, and so are all gradients but one parameter's. Clipped or not."""
+    trainer = make_trainer(tokenizer, tmp_path, max_steps=2, max_grad_norm=max_grad_norm)
     name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
     seen = []
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import make_base
 from transformers import AutoModelForCausalLM
 
 from bridge_rl import safety
@@ -313,6 +314,26 @@ def test_a_generation_batch_that_splits_a_prompt_is_a_conflict():
     [found] = make_plan(load_recipe(TINY, ["training.per_device_train_batch_size=4"])).conflicts
     assert found.startswith("a generation batch of 4 rows")
     assert "rollout.num_generations 8" in found
+
+
+def test_dropout_of_lora_and_a_guard_of_the_rollout_are_a_conflict():
+    options = ["train=lora", "lora.dropout=0.1"]
+    [found] = make_plan(load_recipe(TINY, options)).conflicts
+    assert found.startswith("lora.dropout is 0.1: training with dropout computes other log-probs than the rollout")
+    assert "set guards.max_rollout_kl=null or lora.dropout=0" in found
+    for cure in ("guards.max_rollout_kl=null", "lora.dropout=0", "training.disable_dropout=true", "train=bridge"):
+        assert make_plan(load_recipe(TINY, [*options, cure])).conflicts == []
+
+
+@pytest.mark.parametrize(("family", "key"), [("llama", "attention_dropout"), ("phi3", "resid_pdrop")])
+def test_dropout_of_the_base_and_a_guard_of_the_rollout_are_a_conflict(tmp_path, family, key):
+    make_base(family, **{key: 0.2}).config.save_pretrained(tmp_path)
+    base = f"model.path={tmp_path}"
+    [found] = make_plan(load_recipe(TINY, [base])).conflicts
+    assert found.startswith(f"model.path: the base's {key} is 0.2: training with dropout")
+    assert make_plan(load_recipe(TINY, [base, "guards.max_rollout_kl=null"])).conflicts == []
+    disabled = make_plan(load_recipe(TINY, [base, "training.disable_dropout=true"])).conflicts
+    assert disabled == ([found] if key == "attention_dropout" else [])
 
 
 def test_another_number_of_processes_than_planned_is_a_conflict(monkeypatch):

@@ -28,7 +28,7 @@ def base(tmp_path_factory):
     return str(directory)
 
 
-def recipe(base, quantization, train="bridge", **launch):
+def recipe(base, quantization, train="bridge", max_rollout_kl=0.1, **launch):
     content = {
         "model": {"path": base, "quantization": quantization},
         "bridge": {"num_heads": 2, "head_dim": 8},
@@ -38,6 +38,7 @@ def recipe(base, quantization, train="bridge", **launch):
         "rollout": {"max_new_tokens": 8},
         "training": {"per_device_train_batch_size": 8},
         "launch": launch,
+        "guards": {"max_rollout_kl": max_rollout_kl},
         "output_dir": "runs/unused",
     }
     return TypeAdapter(Recipe).validate_python(content)
@@ -108,6 +109,18 @@ def test_what_cannot_be_quantized_is_refused(base, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'bridge-rl\[quantized\]'"):
         load_model(ModelSection(base, quantization="nf4"))
     assert any("bridge-rl[quantized]" in conflict for conflict in make_plan(recipe(base, "nf4")).conflicts)
+
+
+def test_int8_and_a_tight_guard_of_the_rollout_are_a_conflict(base):
+    def conflicts(quantization, limit):
+        found = make_plan(recipe(base, quantization, max_rollout_kl=limit)).conflicts
+        return [conflict for conflict in found if "bitsandbytes" not in conflict]
+
+    [found] = conflicts("int8", 0.01)
+    assert found.startswith("model.quantization is int8, which rounds activations by the batch")
+    assert "guards.max_rollout_kl is 0.01): set guards.max_rollout_kl=0.1 or null" in found
+    for quantization, limit in (("int8", 0.1), ("int8", None), ("nf4", 0.01), (None, 0.01)):
+        assert conflicts(quantization, limit) == []
 
 
 def test_a_quantized_base_is_planned_as_smaller(base):

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import bridge_rl.run
+from bridge_rl import guards
 from bridge_rl.checkpoint import read_config
 from bridge_rl.config import Recipe, load_recipe
 from bridge_rl.run import device_arguments
@@ -185,9 +186,7 @@ def whole(parameter) -> torch.Tensor:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
-    if isinstance(parameter, DTensor):
-        return parameter.full_tensor().detach()
-    return parameter.detach()
+    return guards.whole(parameter).detach()
 
 
 def optimizer_elements(optimizer) -> int:
@@ -204,16 +203,22 @@ def configure(way: Way, directory: Path) -> None:
     unset_hf_deepspeed_config()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
-    bridge_rl.run.device_arguments = fsdp_on_cpu if way.fsdp else device_arguments
+    bridge_rl.run.device_arguments = device_arguments
     if way.fsdp:
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
-        for key, value in load_config_from_file("launch/accelerate/fsdp2.yaml").fsdp_config.items():
-            os.environ[key.upper()] = str(value)
+        launched_by_fsdp2()
     if way.config is not None:
         file = Path(f"launch/deepspeed/{way.config}.json")
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(changed(file, way.changes, directory))
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str("zero3" in way.config).lower()
+
+
+def launched_by_fsdp2() -> None:
+    """Say what `accelerate launch --config_file launch/accelerate/fsdp2.yaml` would, had it GPUs."""
+    bridge_rl.run.device_arguments = fsdp_on_cpu
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    for key, value in load_config_from_file("launch/accelerate/fsdp2.yaml").fsdp_config.items():
+        os.environ[key.upper()] = str(value)
 
 
 def fsdp_on_cpu(recipe: Recipe) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Runs of a recipe in processes of their own, with losses that are broken: `guards_job.py SPEC.json`.
 
-SPEC: {"runs": [{"argv": [...], "ranks": N, "broken": [STEP, ...]}], "log": FILE}. At the named steps (counted from 1)
-the loss of the last rank alone is not a number. Every rank leaves `facts_RANK.json` in the run's directory: what it
-trained on and which update it skipped. Written to stdout: for each run the exit codes of its ranks.
+SPEC: {"runs": [{"argv": [...], "ranks": N, "broken": [STEP, ...], "fsdp": BOOL}], "log": FILE}. At the named steps
+(counted from 1) the loss of the last rank alone is not a number. Every rank leaves `facts_RANK.json` in the run's
+directory: what it trained on and which update it skipped. Written to stdout: for each run the exit codes of its ranks.
 """
 
 import json
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import job
+
+sys.path.insert(0, "tests/distributed")
+import table_job
 
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -61,6 +64,8 @@ def record(argv: list[str], rank: int) -> None:
 
 def execute(run: dict[str, Any], log: str) -> list[int]:
     def child(spec: dict[str, Any], rank: int, ranks: int, *more: Any) -> None:
+        if run["fsdp"]:
+            table_job.launched_by_fsdp2()
         record(run["argv"], rank)
         break_losses(run["broken"], rank, ranks)
         original(spec, rank, ranks, *more)

@@ -1,4 +1,4 @@
-"""Ranks that disagree about their own rows skip, refill and stop together: DDP, ZeRO-2 and ZeRO-3 on two processes."""
+"""Ranks that disagree about their own rows skip, refill and stop together: DDP, ZeRO-2, ZeRO-3 and FSDP2 on two."""
 
 import json
 import os
@@ -29,7 +29,7 @@ REFILL = "rollout.dynamic_sampling={max_rounds: 3}"
 GUARDED = ["training.max_steps=6", "training.gradient_accumulation_steps=2", "guards.max_skipped=2"]
 GUARDED += ["training.per_device_train_batch_size=8"]
 SHARDED = ["launch.zero_stage=3", "training.ds3_gather_for_generation=false", REFILL]
-MODES = {"ddp": ["launch.zero_stage=0"], "zero2": ["launch.zero_stage=2"], "zero3": SHARDED}
+MODES = {"ddp": ["launch.zero_stage=0"], "zero2": ["launch.zero_stage=2"], "zero3": SHARDED, "fsdp2": []}
 # Three prompts of eight rows: on two ranks the second one has a group of four on each.
 REFILLED = ["training.max_steps=2", REFILL]
 
@@ -45,7 +45,12 @@ def runs(tmp_path_factory) -> Path:
     ]
     spec = {"log": str(output / "log.txt")}
     spec["runs"] = [
-        {"argv": [*RECIPE, *options, f"output_dir={output / name}"], "ranks": ranks, "broken": broken}
+        {
+            "argv": [*RECIPE, *options, f"output_dir={output / name}"],
+            "ranks": ranks,
+            "broken": broken,
+            "fsdp": name == "fsdp2",
+        }
         for name, ranks, options, broken in some
     ]
     (output / "spec.json").write_text(json.dumps(spec))
@@ -54,7 +59,7 @@ def runs(tmp_path_factory) -> Path:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-4000:]
     log = (output / "log.txt").read_text()
-    assert json.loads(done.stdout.splitlines()[-1]) == [[0], [0, 0], [2, 2], [2, 2], [2, 2]], log[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [[0], [0, 0], *[[2, 2]] * len(MODES)], log[-4000:]
     return output
 
 
@@ -92,7 +97,7 @@ def tensors(value) -> list[torch.Tensor]:
 
 def optimizer_state(checkpoint: Path) -> list[torch.Tensor]:
     """Moments and float32 weights of every rank, in whatever files the mode has them."""
-    files = sorted(checkpoint.glob("global_step*/*optim_states.pt")) or [checkpoint / "optimizer.pt"]
+    files = sorted([*checkpoint.glob("global_step*/*optim_states.pt"), *checkpoint.glob("optimizer.*")])
     return [x for file in files for x in tensors(torch.load(file, weights_only=False)) if x.is_floating_point()]
 
 
@@ -122,7 +127,7 @@ def test_after_the_limit_all_ranks_stop_and_leave_their_batches(runs, mode):
         assert content["rank"] == rank
         assert len(content["batches"]) == 2
         assert all(loss.isfinite() for loss in content["losses"]) is (rank == 0)
-        assert bool(content["parameters"]) is (mode == "ddp")
+        assert bool(content["parameters"]) is (mode in ("ddp", "fsdp2"))
     said = re.findall(
         rf"error: .* in a row .*{mode}/guards/step_000005_rank_(\d).pt \(.*{mode}/checkpoint-4 is whole", log(runs)
     )

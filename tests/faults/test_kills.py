@@ -139,7 +139,10 @@ def test_damaged_checkpoints_and_a_full_disk_change_nothing(whole, tmp_path):
 @pytest.mark.parametrize(
     ("options", "file"),
     [
-        (["train=lora", "lora.dropout=0.1", "training.beta=0.1"], "adapter_model.safetensors"),
+        (
+            ["train=lora", "lora.dropout=0.1", "guards.max_rollout_kl=null", "training.beta=0.1"],
+            "adapter_model.safetensors",
+        ),
         (["train=full", "training.beta=0.1"], "model.safetensors"),  # with a reference that is a model of its own
     ],
     ids=["lora", "full"],
