@@ -23,8 +23,10 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from bridge_rl import run_checkpoints
 from bridge_rl.checkpoint import WEIGHTS_FILE, load_blocks, read_blocks, save_blocks
@@ -287,6 +289,7 @@ def train_blocks(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     else:
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if stop is not None and stop.stopping:
         raise Stopped(stop.sentence(run_checkpoints.path_of(output, trainer.state.global_step)))
     return trainer.state.log_history
