@@ -37,6 +37,7 @@ from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches, eos_ids
 from bridge_rl.evaluation.samples import drop_half_line
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
+from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.stop import Stop
@@ -100,7 +101,10 @@ def sample_warmup_groups(
     cancelled: Callable[[], bool],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """This rank's share of the problems that `store` does not hold yet, until all is there or `cancelled`."""
+    """This rank's share of the problems that `store` does not hold yet, until all is there or `cancelled`.
+
+    Returns on all ranks at once, or raises RewardFailed on all, with what was judged before in `store`.
+    """
     state = PartialState()
     params = SamplingParams(
         section.max_new_tokens or max_new_tokens,
@@ -111,7 +115,7 @@ def sample_warmup_groups(
     done = store.read().keys()
     state.wait_for_everyone()  # all have read before one writes
     mine = range(state.process_index, len(rows), state.num_processes)
-    with disable_bridge(model):
+    with together(), disable_bridge(model):
         for start in range(0, len(mine), PROBLEMS_PER_CALL):
             numbers = [number for number in mine[start : start + PROBLEMS_PER_CALL] if number not in done]
             prompts = prompt_tokens(tokenizer, [rows[n]["prompt"] for n in numbers]) if numbers else []
@@ -130,7 +134,6 @@ def sample_warmup_groups(
                     }
                 )
             progress(min(PROBLEMS_PER_CALL, len(mine) - start))
-    state.wait_for_everyone()
 
 
 def collect_groups(store: WarmupStore, num_problems: int, path: Path) -> list[WarmupGroup]:
