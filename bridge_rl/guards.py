@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from bridge_rl.config import GuardsSection
 from bridge_rl.errors import UserError
+from bridge_rl.run_checkpoints import is_failed_write
 
 if TYPE_CHECKING:
     from bridge_rl.trainer import BridgeGRPOTrainer
@@ -96,11 +97,11 @@ class Guards(TrainerCallback):
         """`kl`: nats a token, of all ranks. Raises Halted. One that is not a number is left to the gradient."""
         limit = self.options.max_rollout_kl
         if limit is not None and kl > limit:
-            path = self._save(KL, kl, [])
+            batch = self._save(KL, kl, [])
             raise Halted(
                 f"training computes other log-probs than the rollout did, by a KL of {kl:.3g} nats a token "
                 f"(guards.max_rollout_kl is {limit:g}), so what would be trained (siblings, masks, weights or their "
-                f"precision) is not what was sampled: step {self._step} was not taken, its batch is in {path}"
+                f"precision) is not what was sampled: step {self._step} was not taken, its batch {batch}"
             )
 
     def skips(self, model: nn.Module, norm: Tensor | float | None) -> bool:
@@ -114,16 +115,16 @@ class Guards(TrainerCallback):
             return False
         self.skipped += 1
         self.skipped_in_a_row += 1
-        path = self._save(NORM, value, not_finite(model))
+        batch = self._save(NORM, value, not_finite(model))
         if self.trainer.is_deepspeed_enabled and not self.trainer.accelerator.optimizer_step_was_skipped:
             raise UserError(
-                f"DeepSpeed has taken step {self._step} with a gradient that is not finite (its batch is in {path}): "
+                f"DeepSpeed has taken step {self._step} with a gradient that is not finite (its batch {batch}): "
                 "use ZeRO-1, -2 or -3, which leave such steps out, and go on from the checkpoint before."
             )
         if self.skipped_in_a_row >= limit:
             raise Halted(
                 f"loss or gradient was not finite in {limit} update(s) in a row (guards.max_skipped): none of them was "
-                f"applied, the batch of the last, step {self._step}, is in {path}"
+                f"applied, the batch of the last, step {self._step}, {batch}"
             )
         return True
 
@@ -132,12 +133,12 @@ class Guards(TrainerCallback):
         """Of the update that is being computed, counted from 1."""
         return self.trainer.state.global_step + 1
 
-    def _save(self, check: str, value: float, parameters: list[str]) -> Path:
-        """Write what this rank knows of the step; of such files the newest are kept, as many as `max_skipped`."""
+    def _save(self, check: str, value: float, parameters: list[str]) -> str:
+        """Write what this rank knows of the step, and say where; of such files the newest are kept, as many as
+        `max_skipped`. A full disk must not end this rank alone: the others wait for it at the next checkpoint."""
         folder = Path(self.trainer.args.output_dir) / "guards"
         rank = self.trainer.args.process_index
         path = folder / f"step_{self._step:06d}_rank_{rank}.pt"
-        folder.mkdir(parents=True, exist_ok=True)
         content = {
             "step": self._step,
             "rank": rank,
@@ -147,7 +148,14 @@ class Guards(TrainerCallback):
             "parameters": parameters,
             "batches": self.batches,
         }
-        torch.save(send_to_device(content, "cpu"), path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(send_to_device(content, "cpu"), path)
+        except (OSError, RuntimeError) as error:
+            if not is_failed_write(error):
+                raise
+            path.unlink(missing_ok=True)  # half of it
+            return "could not be kept (disk full)"
         for old in sorted(folder.glob(f"step_*_rank_{rank}.pt"))[: -(self.options.max_skipped or 1)]:
             old.unlink()
-        return path
+        return f"is in {path}"

@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any
 
@@ -22,18 +23,24 @@ def agreed(reward: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(inspect.unwrap(reward)):  # TRL awaits it in a thread of its own
         return reward
 
-    def together(**columns: Any) -> Any:
-        problem, values = None, None
-        try:
-            values = reward(**columns)
-        except UserError as error:
-            problem = str(error)
-        found = [text for text in gather_object([problem]) if text is not None]
-        if found:
-            raise RewardFailed(found[0])
-        return values
+    def on_all(**columns: Any) -> Any:
+        with together():
+            return reward(**columns)
 
-    return update_wrapper(together, reward)
+    return update_wrapper(on_all, reward)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails for the user inside on one rank raises RewardFailed on all, once each has come to the end of it."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    found = [text for text in gather_object([problem]) if text is not None]
+    if found:
+        raise RewardFailed(found[0])
 
 
 def failing_row(function: Callable[..., Any], columns: dict[str, Any], rows: int) -> str:

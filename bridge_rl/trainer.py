@@ -347,9 +347,9 @@ class BridgeGRPOTrainer(GRPOTrainer):
         try:
             metrics = self.evaluator(self)
             self.log(dict(metrics))
-        except GivenUp:
+        except (GivenUp, RewardFailed) as why:
             self._save_checkpoint(self.model_wrapped, None)
-            raise self._stopped() from None
+            raise self._stopped() if isinstance(why, GivenUp) else self._to_mend(why) from why
         finally:
             self.model.train(training)
         self._resume.evaluation_due = False
@@ -428,8 +428,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
             self._resume.rewind()
             self._save_checkpoint(self.model_wrapped, None)
             if not isinstance(why, GivenUp):
-                cure = f"{self._saved_to} is whole: when the cause is mended, the same command goes on"
-                raise UserError(f"{why} ({cure}).") from why
+                raise self._to_mend(why) from why
         except TrainingComplete:
             self.is_in_train = False
         if self.stop is not None and self.stop.stopping:
@@ -439,6 +438,9 @@ class BridgeGRPOTrainer(GRPOTrainer):
     def _stopped(self) -> Stopped:
         assert self.stop is not None
         return Stopped(self.stop.sentence(self._saved_to))
+
+    def _to_mend(self, why: Exception) -> UserError:
+        return UserError(f"{why} ({self._saved_to} is whole: when the cause is mended, the same command goes on).")
 
     @property
     def _saved_to(self) -> Path:

@@ -23,8 +23,10 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from bridge_rl import run_checkpoints
 from bridge_rl.checkpoint import WEIGHTS_FILE, load_blocks, read_blocks, save_blocks
@@ -35,6 +37,7 @@ from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches, eos_ids
 from bridge_rl.evaluation.samples import drop_half_line
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
+from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.stop import Stop
@@ -98,7 +101,10 @@ def sample_warmup_groups(
     cancelled: Callable[[], bool],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """This rank's share of the problems that `store` does not hold yet, until all is there or `cancelled`."""
+    """This rank's share of the problems that `store` does not hold yet, until all is there or `cancelled`.
+
+    Returns on all ranks at once, or raises RewardFailed on all, with what was judged before in `store`.
+    """
     state = PartialState()
     params = SamplingParams(
         section.max_new_tokens or max_new_tokens,
@@ -109,7 +115,7 @@ def sample_warmup_groups(
     done = store.read().keys()
     state.wait_for_everyone()  # all have read before one writes
     mine = range(state.process_index, len(rows), state.num_processes)
-    with disable_bridge(model):
+    with together(), disable_bridge(model):
         for start in range(0, len(mine), PROBLEMS_PER_CALL):
             numbers = [number for number in mine[start : start + PROBLEMS_PER_CALL] if number not in done]
             prompts = prompt_tokens(tokenizer, [rows[n]["prompt"] for n in numbers]) if numbers else []
@@ -128,7 +134,6 @@ def sample_warmup_groups(
                     }
                 )
             progress(min(PROBLEMS_PER_CALL, len(mine) - start))
-    state.wait_for_everyone()
 
 
 def collect_groups(store: WarmupStore, num_problems: int, path: Path) -> list[WarmupGroup]:
@@ -287,6 +292,7 @@ def train_blocks(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     else:
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if stop is not None and stop.stopping:
         raise Stopped(stop.sentence(run_checkpoints.path_of(output, trainer.state.global_step)))
     return trainer.state.log_history

@@ -16,12 +16,11 @@
 # code into 1 and kill what takes more than 30 seconds to leave. ZeRO is as the recipe's launch.zero_stage says.
 set -euo pipefail
 source .venv/bin/activate
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 ranks() { srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' _ "$@"; }
 
-ranks launch/warmup.py "$@"
 code=0
-ranks launch/train.py "$@" || code=$?
+ranks launch/warmup.py "$@" && ranks launch/train.py "$@" || code=$?
 if [ "$code" -eq 85 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

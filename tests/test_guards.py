@@ -189,6 +189,22 @@ def test_after_the_limit_the_run_stops_with_the_batch_and_the_last_good_state(to
     assert_same_state(trainer.states[-1], whole.states[0])  # as after the one step that was taken
 
 
+def test_a_batch_that_the_full_disk_refuses_is_said_and_the_guard_goes_on(tokenizer, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(content, path, *args):
+        if "guards" not in str(path):
+            return save(content, path, *args)
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer = make_trainer(tokenizer, tmp_path, GuardsSection(max_skipped=2), breaks={1: NAN, 2: NAN})
+    with pytest.raises(UserError, match=r"step 3, could not be kept \(disk full\) \(\S+/checkpoint-2 is whole"):
+        trainer.train()
+    assert list((tmp_path / "guards").iterdir()) == []
+
+
 def test_only_updates_in_a_row_count_and_old_batches_go(tokenizer, tmp_path):
     breaks = dict.fromkeys((0, 1, 3, 4, 6), NAN)
     trainer = make_trainer(tokenizer, tmp_path, GuardsSection(max_skipped=3), breaks=breaks, max_steps=8)

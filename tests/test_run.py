@@ -212,6 +212,45 @@ def test_a_reward_of_the_wrong_length_is_named(tmp_path, capsys):
     assert "bad.py:score returned 1 values for" in capsys.readouterr().err
 
 
+REWARD_THAT_BREAKS = """
+import pathlib
+def score(completion_ids, trainer_state=None, **kwargs):
+    broken = pathlib.Path(__file__).with_name("broken").exists()
+    if broken and trainer_state is None:  # not in training
+        raise ConnectionError("the judge is away")
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+"""
+
+
+@pytest.fixture
+def breaking(tmp_path):
+    """A reward that fails in warm-ups and evaluations while the file `broken` is there: (overrides, that file)."""
+    (tmp_path / "mine.py").write_text(REWARD_THAT_BREAKS)
+    return [*SMALL, f"rewards=[{{function: {tmp_path / 'mine.py'}:score}}]"], tmp_path / "broken"
+
+
+def test_a_reward_that_fails_in_an_evaluation_saves_the_run_which_goes_on_with_it(breaking, tmp_path, capsys):
+    options, broken = breaking
+    options = [*options, "warmup=null", "training.save_steps=100", "evaluation.every=2", "training.max_steps=3"]
+    options = [option for option in options if not option.startswith("warmup.")]
+    whole, failed = tmp_path / "whole", tmp_path / "failed"
+    main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={whole}"])
+    broken.touch()
+    with pytest.raises(SystemExit) as left:
+        main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={failed}"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "the judge is away" in said
+    assert f"({failed / 'checkpoint-2'} is whole: when the cause is mended, the same command goes on)" in said
+    broken.unlink()
+    main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={failed}"])
+    assert f"going on from {failed / 'checkpoint-2'}" in capsys.readouterr().out
+    for step in ("step_000002", "step_000003"):
+        summaries = [read_results(run / "evaluation" / step / "results.json").summaries for run in (whole, failed)]
+        assert summaries[0] == summaries[1]
+    assert (failed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--model", "runs/not_made_yet", "1"])

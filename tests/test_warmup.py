@@ -108,6 +108,25 @@ def test_only_the_blocks_learn_and_the_loss_falls(tmp_path):
         assert torch.equal(parameter, before[name]) == (".bridge." not in name), name
 
 
+def test_a_warmup_killed_behind_its_last_checkpoint_keeps_blocks_and_history(tmp_path):
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        logging_steps=1,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    groups = [group([True, True]), group([True, True, True])]
+    whole, again = make_bridged("llama"), make_bridged("llama")
+    history = train_blocks(whole, groups, args, [])
+    assert train_blocks(again, groups, args, []) == [entry for entry in history if "train_runtime" not in entry] != []
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in whole.named_parameters())
+
+
 def test_the_base_samples_the_data_and_the_file_gives_it_back(tmp_path):
     section = ModelSection("package://bridge_rl/tiny/model")
     tokenizer = load_tokenizer(section)

@@ -6,6 +6,7 @@ samples can be asked for later, and conditions are compared on the same draws at
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import Condition
 from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
+from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Group, Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.surgery import disable_bridge, find_state, has_bridge
@@ -145,13 +147,17 @@ class ModelSampler:
                 options=RolloutOptions(max_rows=self.max_rows, cancelled=self.cancelled),
                 exchange=exchange,
             )
+            stream = rollout.stream()
             ended = (
-                (*pairs[place], group)
-                for place, group in rollout.stream()
-                if kept[place] and "abort" not in group.finish_reasons
+                (*pairs[place], group) for place, group in stream if kept[place] and "abort" not in group.finish_reasons
             )
-            for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
-                yield self.judged(sweep, batch)
+            try:
+                for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
+                    yield self.judged(sweep, batch)
+            except UserError:
+                if rollout.ranks.together:  # the others need this rank's shards to the end
+                    deque(stream, maxlen=0)
+                raise
 
     def judged(self, sweep: Sweep, batch: Sequence[tuple[int, int, Group]]) -> list[SampledGroup]:
         rows = [self.rows[problem] for problem, _, _ in batch]
@@ -235,12 +241,23 @@ class Evaluation:
         return self.collected() if self.state.is_main_process else []
 
     def sample(self, progress: Callable[[int], object]) -> None:
-        """In every sweep, be it nothing: ranks that hold shards of a model must call equally often."""
-        for sweep in self.shares():
-            for groups in self.sampler(sweep):
-                self.store.append(group for group in groups if group.key not in self.done)
-                progress(sum(len(group.correct) for group in groups))
-        self.state.wait_for_everyone()
+        """In every sweep, be it nothing: ranks that hold shards of a model must call equally often.
+
+        Returns on all ranks at once, or raises RewardFailed on all, with what was judged before on disk.
+        """
+        problems = []
+        with together():
+            for sweep in self.shares():
+                try:
+                    for groups in self.sampler(sweep):
+                        self.store.append(group for group in groups if group.key not in self.done)
+                        progress(sum(len(group.correct) for group in groups))
+                except UserError as error:
+                    problems.append(error)
+                    if self.state.num_processes == 1:  # else the others, in this sweep and the next, are waited for
+                        break
+            if problems:
+                raise problems[0]
 
     def collected(self) -> list[SampledGroup]:
         """All that was asked for. Raises UserError where a part is missing, as on nodes that do not share a disk."""

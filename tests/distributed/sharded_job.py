@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from conftest import make_bridged
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -22,6 +23,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import bridge_rl as br
+from bridge_rl.config import EvaluationSection, ModelSection
+from bridge_rl.errors import UserError
+from bridge_rl.evaluation.judge import Judge
+from bridge_rl.evaluation.run import plan_evaluation
+from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.models import load_tokenizer
+from bridge_rl.reward_errors import RewardFailed
 from bridge_rl.surgery import find_state
 
 PARAMS = br.SamplingParams(max_new_tokens=24, seed=3, eos_token_id=[2, 4, 5, 6])
@@ -139,10 +147,36 @@ def serve_all(shard: Callable[[PreTrainedModel], nn.Module], rank: int) -> dict:
     return {"elements": [before, elements_held(layer)], "served": served}
 
 
+def evaluate_with_a_reward_that_fails(rank: int) -> list:
+    """On rank 1, at width 1, in its first batch of several: what this rank is told, and how much it has kept."""
+
+    def reward(completion_ids: list[list[int]], **columns: object) -> list[float]:
+        if rank == 1 and not failed:
+            failed.append(len(completion_ids))
+            raise UserError("mine.py:score failed")
+        return [0.0] * len(completion_ids)
+
+    failed: list[int] = []
+    sampled: list[int] = []
+    model = fsdp2(make_model())
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    rows = [{"prompt": f"<bos>{n}:2=", "problem": str(n), "answer": "0"} for n in range(6)]
+    section = EvaluationSection(widths=[1, 2], samples=44)
+    store = SampleStore(Path(sys.argv[1]) / "samples", rank)
+    PartialState(cpu=True)
+    evaluation = plan_evaluation(model, tokenizer, rows, Judge(reward, str), section, 8, 0, store)
+    try:
+        evaluation.sample(sampled.append)
+    except RewardFailed as error:
+        return [str(error), sum(sampled)]
+    return ["", sum(sampled)]
+
+
 if __name__ == "__main__":
     rank = int(os.environ["RANK"])
     found = {"alone": serve_all(lambda model: model, rank)}
     dist.init_process_group("gloo")
+    found["failed"] = evaluate_with_a_reward_that_fails(rank)
     found |= {name: serve_all(shard, rank) for name, shard in SHARDINGS.items()}
     (Path(sys.argv[1]) / f"rank_{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

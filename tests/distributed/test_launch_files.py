@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from pydantic import TypeAdapter
 
 from bridge_rl.config import LaunchSection
-from bridge_rl.errors import UserError
+from bridge_rl.errors import STOPPED_CODE, UserError
 from bridge_rl.run import prepare_distributed
 from bridge_rl.safety import check_fsdp
 
@@ -121,12 +121,14 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused():
         check_fsdp(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
 
 
-def test_slurm_starts_the_ranks_of_all_nodes(tmp_path):
-    """launch/slurm.sh with two nodes of two tasks; srun, scontrol and python are stubs here."""
+def run_slurm(tmp_path, ends: dict[str, int]) -> subprocess.CompletedProcess:
+    """launch/slurm.sh with two nodes of two tasks, whose programs leave as `ends` says; srun, scontrol and python are
+    stubs here."""
+    exits = "".join(f"[ $1 = launch/{script}.py ] && exit {code}\n" for script, code in ends.items())
     stubs = {
-        "scontrol": "printf 'node7\\nnode8\\n'",
+        "scontrol": "if [ $1 = show ]; then printf 'node7\\nnode8\\n'; else echo \"$@\"; fi",
         "srun": 'for n in 0 1 2 3; do SLURM_PROCID=$n SLURM_LOCALID=$((n % 2)) "${@:2}" || exit $?; done',
-        "python": 'echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR "$@"',
+        "python": f'echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR "$@"\n{exits}exit 0',
     }
     bin_directory = tmp_path / ".venv/bin"
     bin_directory.mkdir(parents=True)
@@ -136,13 +138,26 @@ def test_slurm_starts_the_ranks_of_all_nodes(tmp_path):
         (bin_directory / name).chmod(0o755)
     slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "1"}
     command = ["bash", str(ROOT / "launch/slurm.sh"), "recipe.yaml", "launch.num_processes=4"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | slurm, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=tmp_path, env=os.environ | slurm, capture_output=True, text=True, timeout=60)
+
+
+def test_slurm_starts_the_ranks_of_all_nodes(tmp_path):
+    done = run_slurm(tmp_path, {})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         f"{rank}/4 {rank % 2}/2 node7 launch/{script}.py recipe.yaml launch.num_processes=4"
         for script in ("warmup", "train")
         for rank in range(4)
     ]
+
+
+@pytest.mark.parametrize("script", ["warmup", "train"])
+@pytest.mark.parametrize("code", [2, STOPPED_CODE])
+def test_slurm_queues_again_what_was_stopped_and_nothing_that_failed(tmp_path, script, code):
+    done = run_slurm(tmp_path, {script: code})
+    assert (done.returncode, done.stderr) == (code, "")
+    assert ("requeue 1" in done.stdout.splitlines()) is (code == STOPPED_CODE)
+    assert ("launch/train.py" in done.stdout) is (script == "train")
 
 
 @pytest.mark.slow

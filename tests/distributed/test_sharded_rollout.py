@@ -17,7 +17,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     """The job on two ranks; a deadlock ends in TimeoutExpired."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, "tests/distributed/sharded_job.py", *arguments]
-    env = {**os.environ, "PYTHONPATH": "tests", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}tests", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
 
 
@@ -54,3 +54,8 @@ def test_sharded_ranks_with_different_work_sample_what_each_does_alone(ranks, sh
 def test_both_ranks_run_the_passes_of_the_one_that_needs_most(ranks, sharding, name):
     most = max(found["alone"]["served"][name][1] for found in ranks)
     assert [found[sharding]["served"][name][1] for found in ranks] == [most, most]
+
+
+def test_a_reward_that_fails_on_one_rank_leaves_no_other_waiting(ranks):
+    """6 x 44 rows at each of two widths, half of them on each rank, of which the one loses its half at width 1."""
+    assert [found["failed"] for found in ranks] == [["mine.py:score failed", 264], ["mine.py:score failed", 132]]

@@ -9,6 +9,7 @@ from bridge_rl.config import EvaluationSection
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.run import Evaluation, Sweep, batches, exchange_units, num_completions, plan_sweeps
 from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
+from bridge_rl.reward_errors import RewardFailed
 
 SECTION = EvaluationSection(widths=[1, 2, 4], samples=8)
 
@@ -133,6 +134,22 @@ def test_an_evaluation_that_was_cut_off_loses_and_doubles_nothing(tmp_path, dies
     lines = path.read_text().splitlines()
     assert len(lines) == len({tuple(json.loads(line)[k] for k in GroupKey._fields) for line in lines})
     assert num_completions(again.shares()) < num_completions(sweeps) or dies_after == 0
+
+
+@pytest.mark.parametrize(("ranks", "conditions"), [(1, 0), (2, 2)])
+def test_a_rank_whose_reward_fails_takes_part_in_what_the_others_still_sample(tmp_path, ranks, conditions):
+    """Or ranks that hold shards would wait for it; alone, it ends at once."""
+
+    def failing(sweep):
+        if sweep.width == 1:
+            raise UserError("mine.py:score failed")
+        yield from sample(sweep)
+
+    sweeps = plan_sweeps(SECTION, 6, listening=True, controls=False, seed=0)
+    store = SampleStore(tmp_path)
+    with pytest.raises(RewardFailed, match=r"mine\.py:score failed"):
+        Evaluation(sweeps, failing, store, State(0, ranks)).run()
+    assert len({group.width for group in store.read()}) == conditions
 
 
 def test_ranks_share_what_is_missing_and_another_number_of_ranks_goes_on(tmp_path):

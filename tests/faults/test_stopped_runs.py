@@ -9,15 +9,18 @@ from bridge_rl.errors import STOPPED_CODE
 from bridge_rl.report import names
 
 pytestmark = pytest.mark.slow
-# Rollouts at every micro-step, of which two make an update; an evaluation in the loop that is not at a save.
+EVALUATED = [  # in the loop, and not at a save
+    "data.eval={path: 'bridge_rl.tiny.task:dataset', kwargs: {seed: 11, size: 16}, check_answers: false}",
+    "evaluation={widths: [1, 4], problems: 16, samples: 4, max_rows: 16, every: 5}",
+]
+# Rollouts at every micro-step, of which two make an update.
 OPTIONS = [
     *RECIPE,
     "training.steps_per_generation=1",
     "training.gradient_accumulation_steps=2",
     "training.num_iterations=1",
     "training.max_steps=12",
-    "data.eval={path: 'bridge_rl.tiny.task:dataset', kwargs: {seed: 11, size: 16}, check_answers: false}",
-    "evaluation={widths: [1, 4], problems: 16, samples: 4, max_rows: 16, every: 5}",
+    *EVALUATED,
 ]
 STOPS = [
     # (what is sent, where, after how many steps, at the how manieth time, micro-step in which that is)
