@@ -1,6 +1,7 @@
 """`bridge-rl`: train | warmup | convert | eval | report | study | generate | serve | lm-eval | demo | doctor."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -178,6 +179,8 @@ def run_recipe(args: argparse.Namespace) -> None:
 def run_command(command: Callable[[], None]) -> None:
     """Run `command`; turn a user's mistake into a sentence on stderr and exit code 2, an early end into its code."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func`, on which the trainer is built
+    # At every start it asks for a kernel from the hub, which trains nothing (`models.keep_gradients`).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         command()
     except Stopped as error:
