@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_bridged
 from datasets import Dataset
-from trl import GRPOConfig
+from trainers import quiet_config
 
 from bridge_rl.config import DynamicSampling, ModelSection, load_recipe
 from bridge_rl.dynamic_sampling import choose, has_signal, total_rewards
@@ -66,25 +66,10 @@ class Recording(BridgeGRPOTrainer):
 
 
 def make_trainer(tokenizer, tmp_path, dynamic=None, reward=hard, data=PROMPTS, cls=Recording, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 32,
-        "num_generations": GENERATIONS,
-        "max_completion_length": 8,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-    }
     return cls(
         make_bridged("llama"),
         [reward],
-        GRPOConfig(**{**defaults, **options}),
+        quiet_config(tmp_path, **{"per_device_train_batch_size": 32, "max_steps": 3, **options}),
         width=WIDTH,
         dynamic_sampling=dynamic,
         train_dataset=Dataset.from_dict({"prompt": data}),

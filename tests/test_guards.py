@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import make_bridged
 from datasets import Dataset
+from trainers import PROMPTS, quiet_config, reward_of_tokens
 from transformers import Trainer
-from trl import GRPOConfig
 
 from bridge_rl.config import GuardsSection, ModelSection, UpdateSection, load_recipe
 from bridge_rl.errors import UserError
@@ -14,13 +14,8 @@ from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.trainer import BridgeGRPOTrainer
 
-WIDTH, GENERATIONS = 4, 8
-PROMPTS = [f"<bos>{n}{n}:{m}=" for n in range(4) for m in ("1", "22", "333")]
+WIDTH = 4
 NAN, INF = float("nan"), float("inf")
-
-
-def reward_of_tokens(completion_ids, **kwargs):
-    return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +54,11 @@ class Broken(BridgeGRPOTrainer):
 
 
 def make_trainer(tokenizer, tmp_path, guards=None, cls=Broken, breaks=None, update=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 16,
-        "num_generations": GENERATIONS,
-        "max_completion_length": 8,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-    }
     more = {"breaks": breaks} if cls is Broken else {}
     return cls(
         make_bridged("llama"),
         [reward_of_tokens],
-        GRPOConfig(**{**defaults, **options}),
+        quiet_config(tmp_path, **{"max_steps": 3, **options}),
         width=WIDTH,
         guards=guards,
         update=update,

@@ -7,6 +7,7 @@ import torch
 from conftest import make_base, make_bridged
 from datasets import Dataset
 from peft import LoraConfig
+from trainers import PROMPTS, quiet_config, reward_of_tokens
 from trl import GRPOConfig, GRPOTrainer
 
 import bridge_rl as br
@@ -17,13 +18,7 @@ from bridge_rl.resume import checkpoint_bytes
 from bridge_rl.surgery import find_state, group_width, has_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 
-WIDTH, GENERATIONS = 4, 8
-PROMPTS = [f"<bos>{n}{n}:{m}=" for n in range(4) for m in ("1", "22", "333")]
-
-
-def reward_of_tokens(completion_ids, **kwargs):
-    """Any reward with a signal: right when the first token is even."""
-    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+WIDTH = 4
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +37,10 @@ def make_trainer(
     update=None,
     **options,
 ):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 16,
-        "num_generations": GENERATIONS,
-        "max_completion_length": 8,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-    }
     return cls(
         make_bridged("llama") if model is None else model,
         [reward_of_tokens],
-        GRPOConfig(**{**defaults, **options}),
+        quiet_config(tmp_path, **{"max_steps": 1, **options}),
         width=width,
         train=train,
         update=update,

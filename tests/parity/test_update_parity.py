@@ -7,7 +7,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from trl import GRPOConfig
+from trainers import PROMPTS, quiet_config, reward_of_tokens
 
 import bridge_rl as br
 from bridge_rl.config import GuardsSection, ModelSection, UpdateSection
@@ -74,32 +74,22 @@ def make_trainer(tokenizer, tmp_path_factory):
                 if parameter.dim() > 1:
                     parameter.mul_(0.3)
         defaults = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
             "per_device_train_batch_size": ROWS,
-            "num_generations": 8,
             "max_completion_length": COMPLETION,
             "max_steps": 2,
-            "learning_rate": 1e-2,
             "optim": "sgd",  # Adam would make steps of noise where a gradient is almost zero
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
             "temperature": 0.8,
         }
         torch.manual_seed(0)
         return BridgeGRPOTrainer(
             model,
-            [lambda completion_ids, **kwargs: [float(ids[0] % 2 == 0) for ids in completion_ids]],
-            GRPOConfig(**{**defaults, **options}),
+            [reward_of_tokens],
+            quiet_config(tmp_path_factory.mktemp("run"), **{**defaults, **options}),
             width=width,
             train=train,
             update=update,
             guards=GuardsSection(max_rollout_kl=None),  # the batches are made up
-            train_dataset=Dataset.from_dict({"prompt": [f"<bos>{n}{n}:{m}=" for n in range(4) for m in (1, 22, 333)]}),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
             processing_class=tokenizer,
             peft_config=LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]) if lora else None,
         )
