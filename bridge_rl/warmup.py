@@ -142,15 +142,16 @@ def collect_groups(store: WarmupStore, num_problems: int, path: Path) -> list[Wa
     Raises UserError where a part is missing, as on nodes that do not share a disk.
     """
     state, groups = PartialState(), None
-    if state.is_main_process:
-        groups = list(store.read().values())
-        if len(groups) < num_problems:
-            raise UserError(
-                f"{store.directory} holds {len(groups)} of {num_problems} warm-up problems after sampling: all ranks "
-                "must write to one disk, so name an output directory that every node shares."
-            )
-        write_groups(path, groups)
-        shutil.rmtree(store.directory)
+    with together():
+        if state.is_main_process:
+            groups = list(store.read().values())
+            if len(groups) < num_problems:
+                raise UserError(
+                    f"{store.directory} holds {len(groups)} of {num_problems} warm-up problems after sampling: all "
+                    "ranks must write to one disk, so name an output directory that every node shares."
+                )
+            write_groups(path, groups)
+            shutil.rmtree(store.directory)
     return broadcast_object_list([groups])[0]
 
 
