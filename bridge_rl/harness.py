@@ -115,7 +115,12 @@ class BridgeLM(HFLM):
         dtype = dtype or ("bfloat16" if torch.cuda.is_available() and device.startswith("cuda") else "float32")
         if dtype not in ("bfloat16", "float32"):
             raise UserError(f"--model_args dtype is {dtype}: use bfloat16 or float32.")
-        self.section = ModelSection(pretrained, None, revision, dtype, None, trust_remote_code)  # type: ignore[arg-type]
+        self.section = ModelSection(
+            pretrained,
+            revision=revision,
+            dtype=dtype,  # type: ignore[arg-type]
+            trust_remote_code=trust_remote_code,
+        )
         self.width, self.seed = width, seed
         super().__init__(pretrained, revision=revision or "main", device=device, batch_size=batch_size, **others)
         self.eos = tuple(eos_ids(self.model, self.tokenizer))
