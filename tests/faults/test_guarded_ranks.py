@@ -128,8 +128,11 @@ def test_after_the_limit_all_ranks_stop_and_leave_their_batches(runs, mode):
         assert len(content["batches"]) == 2
         assert all(loss.isfinite() for loss in content["losses"]) is (rank == 0)
         assert bool(content["parameters"]) is (mode in ("ddp", "fsdp2"))
+    # Two ranks that write at once may share a line.
     said = re.findall(
-        rf"error: .* in a row .*{mode}/guards/step_000005_rank_(\d).pt \(.*{mode}/checkpoint-4 is whole", log(runs)
+        rf"in a row [^()]*\(guards.max_skipped\)[^()]*{mode}/guards/step_000005_rank_(\d).pt "
+        rf"\([^()]*{mode}/checkpoint-4 is whole",
+        log(runs),
     )
     assert sorted(said) == ["0", "1"]
     assert sorted(p.name for p in (runs / mode).glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
