@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 import yaml
 from scipy import stats
 
@@ -26,7 +25,7 @@ from bridge_rl.report import names
 from bridge_rl.run import save_recipe
 from bridge_rl.study import cell as cell_module
 from bridge_rl.study import command
-from bridge_rl.study.cell import alone_in, run_cell, thinned, train_cell, training_seconds
+from bridge_rl.study.cell import alone_in, thinned, train_cell, training_seconds
 from bridge_rl.study.cells import (
     Cell,
     chosen_rate,
@@ -583,15 +582,13 @@ def kill_in_training(runner: "subprocess.Popen[str]", cell: str, directory: Path
     assert not (directory / "history.jsonl").exists(), "the kill came too late: it would prove little"
 
 
-def undisturbed(study, cell: Cell, directory: Path) -> CellResult:
-    """In this process, with as many threads as a cell's own has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(study.threads)
-    try:
-        run_cell(study, cell, directory / "results", directory / "runs")
-    finally:
-        torch.set_num_threads(threads)
-    return read_cell(result_path(directory / "results", cell))
+def undisturbed(path: Path, cell: str) -> CellResult:
+    """The result of a cell in a process of its own, as the runner starts it."""
+    command = [sys.executable, "-m", "bridge_rl.study.cell", str(path), str(path.parent / "runs"), cell]
+    threads = str(load_study(path).threads)
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, check=True)
+    task, arm, seed = cell.split("/")
+    return read_cell(path.parent / "results" / task / arm / f"seed_{seed}.json")
 
 
 @pytest.mark.slow
@@ -607,7 +604,7 @@ def test_a_study_with_a_killed_cell_goes_on_and_ends_with_the_same_results(tmp_p
     assert list(done) == ["base/seed_0.json", "rlvr/seed_0.json"]
 
     again = run_study(path, *options)
-    theirs = undisturbed(load_study(path), Cell("tiny", "bridge", 0, 1e-4), tmp_path / "undisturbed")
+    theirs = undisturbed(write_study(tmp_path / "undisturbed", seeds=[0]), "tiny/bridge/0")
     said, _ = again.communicate()
     assert again.returncode == 0, said
     assert said.count("begins:") == 1  # what was done is not done again
