@@ -24,7 +24,7 @@ from bridge_rl.config import DynamicSampling
 from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows, split_rows
 from bridge_rl.report import names
-from bridge_rl.reward_errors import RewardFailed
+from bridge_rl.reward_errors import together
 from bridge_rl.rollout.sampling import stream_seed
 
 if TYPE_CHECKING:
@@ -96,14 +96,11 @@ def choose(missing: int, max_rounds: int, sample_to: Callable[[int], Sequence[bo
 
 def check_columns(columns: dict[str, list[Any]], rows: int) -> None:
     """Raise RewardFailed, on all ranks, where a reward has logged fewer values than completions on one."""
-    short = [
-        f"a reward's log_extra({name!r}) gave {len(values)} values for {rows} completions: give one for each."
-        for name, values in sorted(columns.items())
-        if len(values) < rows
-    ]
-    found = gather_object(short)
-    if found:
-        raise RewardFailed(found[0])
+    with together():
+        for name, values in sorted(columns.items()):
+            if len(values) < rows:
+                given = f"{len(values)} values for {rows} completions"
+                raise UserError(f"a reward's log_extra({name!r}) gave {given}: give one for each.")
 
 
 def local_rows(trainer: "BridgeGRPOTrainer", rows: int) -> slice:

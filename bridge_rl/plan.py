@@ -1,7 +1,6 @@
 """What a run will do, worked out without weights or network: groups, batches, parameters, memory, conflicts."""
 
 import difflib
-import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from bridge_rl.data import FILE_FORMATS, import_function, is_function, load_prob
 from bridge_rl.errors import UserError
 from bridge_rl.memory import Memory, estimate
 from bridge_rl.memory_shapes import Parameters
-from bridge_rl.models import load_reward, load_tokenizer, model_config, resolve_path
+from bridge_rl.models import load_reward, load_tokenizer, model_config, quantization_config, resolve_path
 from bridge_rl.presets import preset_config
 from bridge_rl.safety import conflicts, guard_conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
@@ -258,8 +257,10 @@ def quantization_conflicts(recipe: Recipe) -> Iterator[str]:
         yield f"{quantization} with launch.zero_stage={stage}: set 0, a frozen base has little to shard."
     if recipe.model.gguf_file is not None:
         yield f"{quantization} with model.gguf_file: that is loaded dequantized, name a checkpoint in safetensors."
-    if importlib.util.find_spec("bitsandbytes") is None:
-        yield f"{quantization}, which needs bitsandbytes: pip install 'bridge-rl[quantized]'."
+    try:
+        quantization_config(recipe.model)
+    except UserError as error:
+        yield str(error)
 
 
 def file_conflicts(recipe: Recipe) -> list[str]:

@@ -55,22 +55,22 @@ def writing(output: Path, step: int, size: int, keep: int | None, protected: int
     Raises UserError where the disk is full: the checkpoints before are kept and the half one is removed.
     """
     staging = path_of(output, step).with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}{PARTIAL}")
-    _on_main(lambda: _prepare(output, staging, size))
+    on_main(lambda: _prepare(output, staging, size))
     try:
         yield staging
         folder = staging / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         _seal(folder, step)
-        _on_main(lambda: _publish(folder, output))
+        on_main(lambda: _publish(folder, output))
     except Exception as error:
         # A rank that cannot write leaves at once: others may wait for it inside DeepSpeed, where it cannot tell them.
         shutil.rmtree(staging, ignore_errors=True)
         if is_failed_write(error):
             raise UserError(_full(output, step, size, error)) from error
         raise
-    _on_main(lambda: _rotate(output, keep, protected))
+    on_main(lambda: _rotate(output, keep, protected))
 
 
-def _on_main(action: Callable[[], None]) -> None:
+def on_main(action: Callable[[], None]) -> None:
     """Do it on the main process, with all others waiting; what is wrong there for the user is raised on every rank."""
     problem = None
     if PartialState().is_main_process:
@@ -222,12 +222,12 @@ def _explicit(folder: Path, output: Path, found: list[Path]) -> Path:
 
 def last_good(output: Path) -> Path | None:
     """The newest checkpoint that is whole. Of newer ones it says what is wrong, and renames them to `*.damaged`."""
-    _on_main(lambda: _say_half_written(output))
+    on_main(lambda: _say_half_written(output))
     for folder in reversed(_listed(output)):
         problem = problem_of(folder)
         if problem is None:
             return folder
-        _on_main(partial(_set_aside, folder, problem))
+        on_main(partial(_set_aside, folder, problem))
     return None
 
 

@@ -141,17 +141,19 @@ def collect_groups(store: WarmupStore, num_problems: int, path: Path) -> list[Wa
 
     Raises UserError where a part is missing, as on nodes that do not share a disk.
     """
-    state, groups = PartialState(), None
-    with together():
-        if state.is_main_process:
-            groups = list(store.read().values())
-            if len(groups) < num_problems:
-                raise UserError(
-                    f"{store.directory} holds {len(groups)} of {num_problems} warm-up problems after sampling: all "
-                    "ranks must write to one disk, so name an output directory that every node shares."
-                )
-            write_groups(path, groups)
-            shutil.rmtree(store.directory)
+    groups: list[WarmupGroup] = []
+
+    def collect() -> None:
+        groups.extend(store.read().values())
+        if len(groups) < num_problems:
+            raise UserError(
+                f"{store.directory} holds {len(groups)} of {num_problems} warm-up problems after sampling: all ranks "
+                "must write to one disk, so name an output directory that every node shares."
+            )
+        write_groups(path, groups)
+        shutil.rmtree(store.directory)
+
+    run_checkpoints.on_main(collect)
     return broadcast_object_list([groups])[0]
 
 
