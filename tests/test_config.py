@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge_rl.config import load_recipe, nearest
+from bridge_rl.config import load_recipe
 from bridge_rl.errors import UserError
+from bridge_rl.typed_yaml import nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = RECIPES / "tiny_arith.yaml"

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bridge_rl.config import DataSource, RewardSection, nearest
+from bridge_rl.config import DataSource, RewardSection
 from bridge_rl.data import FILE_FORMATS, hub_commit, load_problems
 from bridge_rl.errors import UserError
+from bridge_rl.typed_yaml import nearest
 
 BOXED = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 TAGGED = "{problem}\n\nPlease reason step by step, and give the final answer alone between <answer> and </answer>."

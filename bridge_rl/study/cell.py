@@ -23,18 +23,16 @@ from bridge_rl.cli import run_command
 from bridge_rl.config import ModelSection, Recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import by_setting
-from bridge_rl.evaluation.analyse import analyse, at_every_width
+from bridge_rl.evaluation.analyse import at_every_width
 from bridge_rl.evaluation.job import Job, make_job
-from bridge_rl.evaluation.results import Results, Summary, write_results
-from bridge_rl.evaluation.run import listens, num_completions
-from bridge_rl.evaluation.samples import SampledGroup, SampleStore, groups_by_problem, write_for_readers
-from bridge_rl.evaluation.settings import claim
+from bridge_rl.evaluation.results import Results, Summary
+from bridge_rl.evaluation.run import listens
+from bridge_rl.evaluation.samples import SampledGroup, SampleStore, groups_by_problem
 from bridge_rl.evaluation.suites import Suite
 from bridge_rl.fingerprint import whole_fingerprint
 from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.plan import check, describe
 from bridge_rl.report import names
-from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.run import train, warm_up, warmup_directory
 from bridge_rl.study.cells import (
@@ -187,16 +185,12 @@ def evaluation_job(study: Study, cell: Cell, recipe: Recipe, directory: Path, ba
 
 def evaluate(job: Job, directory: Path) -> tuple[Results, list[SampledGroup], float | None]:
     """Results, all groups, and the seconds; None where a part of the samples was there already."""
-    start = time.perf_counter()
-    claim(directory, job.settings)
     evaluation = job.plan(SampleStore(directory / "samples"))
-    begun = bool(evaluation.done)
-    with Bar(job.settings["suite"], num_completions(evaluation.shares())) as bar:
-        groups = evaluation.run(bar.update)
-    results = analyse(groups, job.section.widths, listens(job.model), job.meta, job.methods)
-    write_for_readers(directory, job.rows, groups, job.tokenizer)
-    write_results(results, directory / "results.json")  # for `bridge-rl report`
-    return results, groups, None if begun else time.perf_counter() - start
+    start = time.perf_counter()
+    results = job.run(directory)
+    seconds = time.perf_counter() - start
+    assert results is not None  # a cell is one process
+    return results, evaluation.collected(), None if evaluation.done else seconds
 
 
 def count_right(groups: Sequence[SampledGroup], widths: Sequence[int], listening: bool) -> list[Counts]:

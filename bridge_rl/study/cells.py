@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge_rl.config import DataSource, Recipe, load_recipe, nearest
+from bridge_rl.config import DataSource, Recipe, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.models import find_file
 from bridge_rl.study.config import Study
 from bridge_rl.study.results import CellResult, read_cell
+from bridge_rl.typed_yaml import nearest
 
 # Keys of a recipe that decide neither what is trained nor how: a training that differs in them alone is the same one.
 WITHOUT_EFFECT = (

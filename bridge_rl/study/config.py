@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from bridge_rl.config import STRICT, DataSource, read_yaml, validate
+from bridge_rl.config import DataSource
 from bridge_rl.errors import UserError
+from bridge_rl.typed_yaml import STRICT, read_yaml, validate
 
 MOST_WIDTH = 35  # counts of right rows are kept as digits of base 36
 
