@@ -30,7 +30,7 @@ from bridge_rl.study.cells import (
     Cell,
     chosen_rate,
     difference,
-    is_done,
+    find_result,
     is_trained,
     overrides_of,
     rate_name,
@@ -248,15 +248,19 @@ def test_the_learning_rate_with_the_best_validation_accuracy_is_taken_once_all_w
 
 def test_a_result_of_another_recipe_is_refused(study, tmp_path):
     cell, results = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "results"
-    assert not is_done(study, cell, results, tmp_path)
+    assert find_result(study, cell, results) is None
     write_cell(
         make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path), result_path(results, cell)
     )
-    assert is_done(study, cell, results, tmp_path)
+    assert find_result(study, cell, results) is not None
     with pytest.raises(UserError, match=r"another training\.learning_rate"):
-        is_done(study, replace(cell, learning_rate=2e-4), results, tmp_path)
+        find_result(study, replace(cell, learning_rate=2e-4), results)
+    with pytest.raises(UserError, match=r"another bridge"):  # nor does a report show it
+        read_task(
+            load_study(write_study(tmp_path, overrides=[*STUDY["overrides"], "bridge.num_heads=2"])), "tiny", results
+        )
     with pytest.raises(UserError, match="another widths or samples"):
-        is_done(load_study(write_study(tmp_path, samples=8)), cell, results, tmp_path)
+        find_result(load_study(write_study(tmp_path, samples=8)), cell, results)
 
 
 def on_others(split: str) -> dict:
@@ -283,10 +287,10 @@ def test_a_result_that_was_evaluated_otherwise_is_refused(study, tmp_path, chang
     write_cell(result, result_path(results, cell))
     changed = load_study(write_study(tmp_path, **changes))
     if key is None or key == f"tasks.tiny.{'test' if search else 'validation'}":  # problems of the other split
-        assert is_done(changed, cell, results, tmp_path)
+        assert find_result(changed, cell, results) is not None
         return
     with pytest.raises(UserError) as caught:
-        is_done(changed, cell, results, tmp_path)
+        find_result(changed, cell, results)
     assert f"another {key} than the study says" in str(caught.value)
 
 
@@ -309,10 +313,10 @@ def test_results_of_the_base_stay_when_only_training_changes(study, tmp_path, ov
     changed = load_study(write_study(tmp_path, overrides=[*STUDY["overrides"], override]))
     assert recipe_of(changed, cell, tmp_path) != result.recipe
     if key is None:
-        assert is_done(changed, cell, results, tmp_path)
+        assert find_result(changed, cell, results) is not None
         return
     with pytest.raises(UserError) as caught:
-        is_done(changed, cell, results, tmp_path)
+        find_result(changed, cell, results)
     assert f"another {key} than the study says" in str(caught.value)
 
 

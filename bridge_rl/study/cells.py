@@ -123,6 +123,11 @@ def chosen_rate(study: Study, task: str, arm: str, results: Path) -> float | Non
     return max(grid, key=lambda rate: tried[rate]) if len(tried) == len(grid) else None
 
 
+def is_ready(study: Study, cell: Cell) -> bool:
+    """Whether its learning rate has been chosen."""
+    return cell.learning_rate is not None or study.arms[cell.arm].role == "base"
+
+
 def result_path(results: Path, cell: Cell) -> Path:
     return results / f"{cell.place}.json"
 
@@ -198,14 +203,14 @@ def check_trained(directory: Path, recipe: Recipe) -> None:
         )
 
 
-def is_done(study: Study, cell: Cell, results: Path, runs: Path) -> bool:
-    """Whether its result is there. Raises UserError for one of another recipe, evaluated otherwise, or on others."""
+def find_result(study: Study, cell: Cell, results: Path) -> CellResult | None:
+    """Its result, if there is one. Raises UserError for one of another recipe, evaluated otherwise, or on others."""
     path = result_path(results, cell)
     if not path.is_file():
-        return False
+        return None
     result = read_cell(path)
-    check_same(path, study, cell, result, recipe_of(study, cell, runs))
-    return True
+    check_same(path, study, cell, result, recipe_of(study, cell, Path()))  # where it is trained makes no difference
+    return result
 
 
 def check_same(path: Path, study: Study, cell: Cell, result: CellResult, recipe: Recipe) -> None:

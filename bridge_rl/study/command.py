@@ -17,7 +17,8 @@ from bridge_rl.errors import STOPPED_CODE, Stopped, UserError
 from bridge_rl.study.cells import (
     Cell,
     check_named,
-    is_done,
+    find_result,
+    is_ready,
     is_trained,
     named_cells,
     rate_name,
@@ -50,11 +51,7 @@ class Plan:
         return named_cells(seed_cells(self.study, self.results), self.only)
 
     def done(self, cell: Cell) -> bool:
-        return is_done(self.study, cell, self.results, self.runs)
-
-    def ready(self, cell: Cell) -> bool:
-        """Whether its learning rate has been chosen."""
-        return cell.learning_rate is not None or self.study.arms[cell.arm].role == "base"
+        return find_result(self.study, cell, self.results) is not None
 
 
 def study(args: argparse.Namespace) -> None:
@@ -72,9 +69,9 @@ def study(args: argparse.Namespace) -> None:
         failed += run_cells(plan, plan.search(), args.jobs)
         if not args.search_only:
             test = plan.test()  # now that learning rates are chosen
-            failed += run_cells(plan, [cell for cell in test if plan.ready(cell)], args.jobs)
+            failed += run_cells(plan, [cell for cell in test if is_ready(plan.study, cell)], args.jobs)
             for cell in test:
-                if not plan.ready(cell):
+                if not is_ready(plan.study, cell):
                     print(f"left out, for want of a learning rate: {cell.place}", flush=True)
     for path in write_study_report(plan.study, plan.results, plan.path.parent / "report"):
         print(path)

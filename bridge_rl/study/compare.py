@@ -10,9 +10,9 @@ import numpy as np
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import Estimate
 from bridge_rl.report.labels import estimate
-from bridge_rl.study.cells import result_path, search_cells, seed_cells
+from bridge_rl.study.cells import find_result, is_ready, result_path, search_cells, seed_cells
 from bridge_rl.study.config import Study
-from bridge_rl.study.results import CellResult, read_cell
+from bridge_rl.study.results import CellResult
 from bridge_rl.study.statistics import Array, over_seeds, over_seeds_and_problems, ratio
 
 PAPERS_GAIN = 1.39  # of the paper's 7B model over its next best arm
@@ -93,16 +93,19 @@ class TaskCells:
 
 
 def read_task(study: Study, task: str, results: Path) -> TaskCells:
-    """Raises UserError where results are of different problems."""
+    """Nothing of cells whose learning rate is still searched.
+
+    Raises UserError where results are of different problems, or of another recipe than the study's.
+    """
     cells: dict[str, dict[int, CellResult]] = {arm: {} for arm in study.arms}
     search: dict[str, dict[float, CellResult]] = {arm: {} for arm in study.arms}
     digests: dict[bool, str] = {}
     for cell in [*search_cells(study), *seed_cells(study, results)]:
-        path = result_path(results, cell)
-        if cell.task != task or not path.is_file():
+        result = find_result(study, cell, results) if cell.task == task and is_ready(study, cell) else None
+        if result is None:
             continue
-        result = read_cell(path)
         if digests.setdefault(cell.search, result.problems) != result.problems:
+            path = result_path(results, cell)
             raise UserError(f"{path} was evaluated on other problems than the results beside it: delete one or other.")
         if cell.search:
             assert cell.learning_rate is not None
