@@ -1,4 +1,4 @@
-"""The embedded task and its model."""
+"""The embedded tasks and their models."""
 
 import random
 
@@ -8,7 +8,8 @@ import bridge_rl as br
 from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.models import load_model, load_tokenizer
-from bridge_rl.tiny.make_base import make_tokenizer
+from bridge_rl.tiny import products
+from bridge_rl.tiny.make_base import TASKS, make_tokenizer
 from bridge_rl.tiny.task import Problem, dataset, demonstrate, is_correct, make_problems
 
 PROBLEM = "12,35,27,19,31,22:49"
@@ -61,22 +62,82 @@ def test_demonstrations_have_one_length_and_copy_hits():
             assert is_correct(problem.text, text)
 
 
-def test_the_shipped_tokenizer_is_the_one_that_make_base_makes():
-    shipped, made = load_tokenizer(ModelSection("package://bridge_rl/tiny/model")), make_tokenizer()
-    turns = [[{"role": "user", "content": PROBLEM}]]
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("07*19=133;133*12=01596", True),
+        ("12*19=228;228*07=01596", True),  # any order
+        ("07*19=144;144*12=01596", True),  # the answer counts, not the way
+        ("=1596", True),
+        ("07*19=133;133*12=01597", False),
+        ("07*19=133;133*12=01596;", False),
+        ("07*19=133;133*12=", False),
+        ("01596", False),
+        ("", False),
+    ],
+)
+def test_a_product_is_right_iff_it_ends_in_the_product(completion, right):
+    assert products.is_correct("07*12*19", completion) is right
+
+
+def test_splits_of_products_share_no_three_numbers_in_any_order():
+    of_split = {
+        split: {
+            tuple(sorted(products.Problem.parse(row["problem"]).numbers)) for row in products.dataset(3, 2000, split)
+        }
+        for split in ("train", "validation", "test")
+    }
+    assert not of_split["train"] & of_split["test"]
+    assert not of_split["train"] & of_split["validation"]
+    assert not of_split["validation"] & of_split["test"]
+    assert min(map(len, of_split.values())) > 300  # of 4060 in all
+
+
+def test_products_are_repeatable_and_answered_by_what_they_multiply_to():
+    assert products.dataset(7, 5) == products.dataset(7, 5) != products.dataset(8, 5)
+    for row in products.dataset(7, 200):
+        first, second, third = map(int, row["problem"].split("*"))
+        assert row["answer"] == str(first * second * third)
+
+
+def test_demonstrated_products_are_right_and_stand_at_fixed_columns():
+    rng, problems = random.Random(0), products.make_problems(3)
+    orders = set()
+    for _ in range(200):
+        problem = next(problems)
+        text = products.demonstrate(problem, rng)
+        assert products.is_correct(problem.text, text)
+        assert [place for place, character in enumerate(text) if character in "*=;"] == [2, 5, 9, 13, 16]
+        first, second, rest = int(text[:2]), int(text[3:5]), int(text[14:16])
+        assert sorted((first, second, rest)) == sorted(problem.numbers)
+        assert first * second == int(text[6:9]) == int(text[10:13])
+        orders.add(tuple(problem.numbers.index(number) for number in (first, second, rest)))
+    assert len(orders) >= 6
+
+
+@pytest.mark.parametrize(
+    ("path", "task", "problem"), [("model", "two_tries", PROBLEM), ("products_model", "products", "07*12*19")]
+)
+def test_a_shipped_tokenizer_is_the_one_that_make_base_makes(path, task, problem):
+    shipped = load_tokenizer(ModelSection(f"package://bridge_rl/tiny/{path}"))
+    made = make_tokenizer(TASKS[task].characters)
+    turns = [[{"role": "user", "content": problem}]]
     assert prompt_tokens(shipped, turns) == prompt_tokens(made, turns)
-    assert shipped.decode(prompt_tokens(shipped, turns)[0]) == f"<bos>{PROBLEM}="
+    assert shipped.decode(prompt_tokens(shipped, turns)[0]) == f"<bos>{problem}="
 
 
-def test_the_shipped_base_solves_20_to_40_percent():
-    section = ModelSection("package://bridge_rl/tiny/model")
+@pytest.mark.parametrize(
+    ("path", "task", "rows"),
+    [("model", "two_tries", dataset(99, 128)), ("products_model", "products", products.dataset(99, 128, "test"))],
+)
+def test_a_shipped_base_solves_20_to_40_percent(path, task, rows):
+    section = ModelSection(f"package://bridge_rl/tiny/{path}")
     model, tokenizer = load_model(section), load_tokenizer(section)
-    rows = dataset(99, 128)
     prompts = prompt_tokens(tokenizer, [[{"role": "user", "content": row["problem"]}] for row in rows])
     params = br.SamplingParams(32, seed=0, eos_token_id=tokenizer.eos_token_id)
     groups = br.generate_groups(model, prompts, 8, params)
     right = [
-        is_correct(row["problem"], tokenizer.decode(tokens, skip_special_tokens=True))
+        TASKS[task].is_correct(row["problem"], tokenizer.decode(tokens, skip_special_tokens=True))
         for row, group in zip(rows, groups, strict=True)
         for tokens in group.tokens
     ]

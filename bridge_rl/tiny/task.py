@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+CHARACTERS = "0123456789,:;=+!"
 NUMBERS = range(10, 40)
 NUM_TERMS = 6
 # How often the demonstrations try the right pair on purpose. Low, so that the base is a searcher that often misses.
