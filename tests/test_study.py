@@ -45,6 +45,7 @@ from bridge_rl.study.config import load_study
 from bridge_rl.study.report import write_study_report
 from bridge_rl.study.results import CellResult, Counts, Seconds, read_cell, write_cell
 from bridge_rl.study.statistics import over_seeds, over_seeds_and_problems, ratio
+from bridge_rl.study.tables import gain_table, gains, vote_differences
 
 SOURCE = {"path": "bridge_rl.tiny.task:dataset", "check_answers": False}
 SMALL = [
@@ -375,12 +376,43 @@ def test_gains_and_differences_are_those_computed_by_hand(study, tmp_path):
     assert found.relative.value == pytest.approx(2.25)
     # By seed .125, .25, .25: mean 5/24, s = .072169, times t(2) = 4.30265 / sqrt(3)
     against = compare(task, Setting("bridge", 4), Setting("pmatch", 4))
+    assert found.difference == against.over_seeds
     assert against.over_seeds.value == pytest.approx(5 / 24)
     assert against.over_seeds.low == pytest.approx(5 / 24 - 4.30265 * 0.072169 / math.sqrt(3), abs=1e-5)
     assert against.over_both.value == pytest.approx(5 / 24)
     assert compare(task, Setting("bridge", 4), Setting("bridge", 4, "disabled")).over_seeds.value == pytest.approx(
         0.375
     )
+
+
+def test_gains_are_those_of_every_arm_with_a_bridge_at_every_width(tmp_path, monkeypatch):
+    arms = {**STUDY["arms"], "blocks": {**STUDY["arms"]["bridge"], "overrides": ["train=bridge"]}}
+    study = load_study(write_study(tmp_path, arms=arms))
+    monkeypatch.setitem(RIGHT, "blocks", [[4, 4], [4, 4], [4, 4]])
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    found = {(gain.arm, gain.width): gain for gain in gains(task)}
+    assert set(found) == {("bridge", 1), ("bridge", 4), ("blocks", 1), ("blocks", 4)}
+    assert found["bridge", 4] == relative_gain(task, 4)
+    assert found["blocks", 4].gain.value == pytest.approx(0.75)
+    assert found["blocks", 4].relative.value == pytest.approx(4.5)
+    assert found["blocks", 1].relative is None  # at width 1 all arms are made up alike
+    rows = [row for row in gain_table(task).rows if row[1] == "4"]
+    assert [(row[0], row[3]) for row in rows] == [("bridge", "pmatch"), ("blocks", "pmatch")]
+    assert [row[6].split()[0] for row in rows] == ["2.250", "4.500"]
+
+
+def test_votes_of_rows_that_do_not_hear_each_other_are_what_a_row_of_the_group_stands_against(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    found = vote_differences(task)
+    assert [(row.second.arm, row.first.width) for row, _ in found] == [("rlvr", 4), ("pmatch", 4)]
+    row, vote = found[0]
+    assert (row.metric, row.second_metric, vote.metric) == ("pass@1", "maj", "maj")
+    # pass@1 by seed .5, .75, .625; every vote was made up as .5
+    assert row.over_seeds.value == pytest.approx(0.125)
+    assert vote.over_seeds.value == 0
+    assert row.over_both is None  # counts of right rows do not tell votes
 
 
 @pytest.mark.parametrize(
@@ -431,10 +463,8 @@ def test_beside_an_arm_that_gains_nothing_the_difference_alone_decides(
     text = (tmp_path / "report" / "table.md").read_text()
     assert "relative gain - (the next best arm gains nothing" in text
     assert "Fieller" not in text
-    assert (
-        json.loads((tmp_path / "report" / "report.json").read_text())["tasks"]["tiny"]["relative_gain"]["relative"]
-        is None
-    )
+    written = json.loads((tmp_path / "report" / "report.json").read_text())["tasks"]["tiny"]["gains"]
+    assert [gain["relative"] for gain in written if gain["width"] == 4] == [None]
 
 
 def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_what_is_missing(study, tmp_path):

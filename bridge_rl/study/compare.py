@@ -28,33 +28,44 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second on the seeds that both have. over_seeds is the headline; over_both: see `statistics`."""
+    """First minus second on the seeds that both have. over_seeds is the headline; over_both: see `statistics`.
+
+    second_metric: what is taken off; `metric` too, but for pass@1 against a vote.
+    """
 
     first: Setting
     second: Setting
     metric: str
+    second_metric: str
     seeds: list[int]
     over_seeds: Estimate
     over_both: Estimate | None
 
     @property
     def above_zero(self) -> bool | None:
-        """Whether the interval over seeds is; None without one."""
-        return None if self.over_seeds.low is None else self.over_seeds.low > 0
+        return above_zero(self.over_seeds)
+
+
+def above_zero(value: Estimate) -> bool | None:
+    """Whether the interval is; None without one."""
+    return None if value.low is None else value.low > 0
 
 
 @dataclass(frozen=True)
 class RelativeGain:
-    """The headline arm's gain in pass@1 over the base, over that of the next best arm; Fieller's interval.
+    """An arm's gain in pass@1 over the base, over that of the next best arm; Fieller's interval.
 
-    relative: None where the next best arm gains nothing over the base: a ratio to that says nothing.
+    difference: of the two gains, paired by seed. relative: None where the next best arm gains nothing over the base: a
+    ratio to that says nothing.
     """
 
+    arm: str
     width: int
     next_best: str
     seeds: list[int]
     gain: Estimate
     next_gain: Estimate
+    difference: Estimate
     relative: Estimate | None
 
 
@@ -119,18 +130,28 @@ def read_task(study: Study, task: str, results: Path) -> TaskCells:
 
 
 def compare(
-    task: TaskCells, first: Setting, second: Setting, metric: str = "pass@1", among: Sequence[int] | None = None
+    task: TaskCells,
+    first: Setting,
+    second: Setting,
+    metric: str = "pass@1",
+    second_metric: str | None = None,
+    among: Sequence[int] | None = None,
 ) -> Difference | None:
     """On the seeds that both have, of those `among` where given; None where there are none."""
-    ours, theirs = task.values(first, metric), task.values(second, metric)
+    second_metric = second_metric or metric
+    ours, theirs = task.values(first, metric), task.values(second, second_metric)
     seeds = sorted(seed for seed in ours.keys() & theirs.keys() if among is None or seed in among)
     if not seeds:
         return None
-    by_problem = [problem_values(task.cells[s.arm], seeds, s, metric) for s in (first, second)]
+    by_problem = [
+        problem_values(task.cells[setting.arm], seeds, setting, of_setting)
+        for setting, of_setting in ((first, metric), (second, second_metric))
+    ]
     both = None
     if by_problem[0] is not None and by_problem[1] is not None and len(seeds) > 1:
         both = over_seeds_and_problems(by_problem[0] - by_problem[1])
-    return Difference(first, second, metric, seeds, over_seeds([ours[seed] - theirs[seed] for seed in seeds]), both)
+    by_seed = over_seeds([ours[seed] - theirs[seed] for seed in seeds])
+    return Difference(first, second, metric, second_metric, seeds, by_seed, both)
 
 
 def problem_values(results: dict[int, CellResult], seeds: Sequence[int], setting: Setting, metric: str) -> Array | None:
@@ -152,18 +173,23 @@ def next_best(task: TaskCells, width: int, seeds: Sequence[int]) -> str:
     return max(values, key=lambda arm: float(np.mean([values[arm][seed] for seed in seeds])))
 
 
-def relative_gain(task: TaskCells, width: int) -> RelativeGain | None:
-    """On the seeds that the headline arm, the base and every control that has any have; None where there are none."""
-    headline, base = task.study.headline, task.study.base
-    arms = [headline, base, *task.controls()]
+def relative_gain(task: TaskCells, width: int, arm: str | None = None) -> RelativeGain | None:
+    """Of `arm`, else of the headline arm, on the seeds that it, the base and every control that has any have.
+
+    None where there are none.
+    """
+    arm, base = arm or task.study.headline, task.study.base
+    arms = [arm, base, *task.controls()]
     values = {arm: task.values(Setting(arm, width), "pass@1") for arm in arms}
     seeds = sorted(set.intersection(*(set(of_arm) for of_arm in values.values())))
     if not seeds or not task.controls():
         return None
     best = next_best(task, width, seeds)
-    gain, next_gain = ([values[arm][seed] - values[base][seed] for seed in seeds] for arm in (headline, best))
+    gain, next_gain = ([values[name][seed] - values[base][seed] for seed in seeds] for name in (arm, best))
     ours, theirs = over_seeds(gain), over_seeds(next_gain)
-    return RelativeGain(width, best, seeds, ours, theirs, ratio(gain, next_gain) if theirs.value > 0 else None)
+    difference = over_seeds([one - other for one, other in zip(gain, next_gain, strict=True)])
+    relative = ratio(gain, next_gain) if theirs.value > 0 else None
+    return RelativeGain(arm, width, best, seeds, ours, theirs, difference, relative)
 
 
 # -- the bars ---------------------------------------------------------------------------------------------------------
@@ -179,16 +205,13 @@ def verdicts(task: TaskCells) -> list[str]:
 
 
 def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
-    study = task.study
-    ours, theirs = Setting(study.headline, found.width), Setting(found.next_best, found.width)
-    difference = compare(task, ours, theirs, among=found.seeds)  # those of the ratio in the same sentence
-    assert difference is not None  # both have the seeds of `found`
-    names = f"{study.label(study.headline)} over {study.label(found.next_best)}, the next best"
-    answer = yes_no(difference.above_zero and gains_enough(found), difference.above_zero)
+    study, ahead = task.study, above_zero(found.difference)
+    names = f"{study.label(found.arm)} over {study.label(found.next_best)}, the next best"
+    answer = yes_no(ahead and gains_enough(found), ahead)
     return (
         f"Relative gain at least {PAPERS_GAIN}, with the interval of the paired difference above 0: **{answer}**. "
         f"{names}, at width {found.width}: relative gain {relative_text(found)}, "
-        f"paired difference {estimate(difference.over_seeds)}."
+        f"paired difference {estimate(found.difference)}."
     )
 
 

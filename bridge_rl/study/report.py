@@ -24,7 +24,7 @@ from bridge_rl.report.drawing import (
 from bridge_rl.report.labels import METRICS
 from bridge_rl.report.tables import as_markdown
 from bridge_rl.study.cells import rate_name
-from bridge_rl.study.compare import Setting, TaskCells, read_task, relative_gain, verdicts
+from bridge_rl.study.compare import Setting, TaskCells, read_task, verdicts
 from bridge_rl.study.config import Study
 from bridge_rl.study.results import CellResult
 from bridge_rl.study.statistics import over_seeds
@@ -34,11 +34,15 @@ from bridge_rl.study.tables import (
     cost_table,
     difference_table,
     differences,
+    gain_table,
+    gains,
     main_table,
     rates,
     search_tables,
     sibling_differences,
     sibling_table,
+    vote_differences,
+    vote_table,
 )
 
 
@@ -108,7 +112,8 @@ def section(task: TaskCells) -> str:
     """The bars and every table of one task."""
     if not any(task.cells.values()):
         return "\n".join([f"## {task.task}", "", "No cell is done yet.", "", *map(as_markdown, search_tables(task))])
-    tables = [main_table(task), difference_table(task), sibling_table(task), cost_table(task), *search_tables(task)]
+    compared = [difference_table(task), gain_table(task), vote_table(task), sibling_table(task)]
+    tables = [main_table(task), *compared, cost_table(task), *search_tables(task)]
     tables = [table for table in tables if table.rows]
     bars = "".join(f"- {sentence}\n" for sentence in verdicts(task))
     figure = f"![accuracy over width, with intervals over seeds](widths_{task.task}.png)"
@@ -121,14 +126,14 @@ def section(task: TaskCells) -> str:
 def numbers(task: TaskCells) -> dict[str, Any]:
     """Everything that the tables show, and the values of each seed."""
     begun = any(task.cells.values())
-    gain = relative_gain(task, task.width) if begun and task.cells[task.study.headline] else None
     return {
         "missing": task.missing(),
         "bars": verdicts(task) if begun else [],
         "arms": {arm: arm_numbers(task, arm) for arm in arms_with_results(task)},
         "differences": [asdict(found) for found in differences(task) if found is not None] if begun else [],
         "siblings": [asdict(found) for found in sibling_differences(task)] if begun else [],
-        "relative_gain": None if gain is None else asdict(gain),
+        "gains": [asdict(found) for found in gains(task)],
+        "votes": [asdict(found) for pair in vote_differences(task) for found in pair],
         "search": {
             arm: {rate_name(rate): asdict(result.metric("pass@1")) for rate, result in tried.items()}
             for arm, tried in task.search.items()

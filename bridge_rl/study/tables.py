@@ -8,7 +8,15 @@ from bridge_rl.evaluation.results import Estimate
 from bridge_rl.report.labels import METRICS, estimate, number, shorter
 from bridge_rl.report.tables import Table
 from bridge_rl.study.cells import rate_name
-from bridge_rl.study.compare import Difference, Setting, TaskCells, compare, relative_gain, relative_text
+from bridge_rl.study.compare import (
+    Difference,
+    RelativeGain,
+    Setting,
+    TaskCells,
+    compare,
+    relative_gain,
+    relative_text,
+)
 
 SETS = ("all", "any", "maj")  # beside pass@1, at the width of training
 
@@ -61,6 +69,72 @@ def difference_table(task: TaskCells) -> Table:
     return Table(f"{study.label(study.headline)} minus each arm at width {width}", header, rows, 2, note)
 
 
+def gain_table(task: TaskCells) -> Table:
+    """Of every arm with a Bridge at every width."""
+    study = task.study
+    header = ["arm", "width", "gain over the base", "next best arm", "its gain", "difference", "relative gain", "seeds"]
+    rows = [
+        [
+            study.label(found.arm),
+            str(found.width),
+            shorter(found.gain),
+            study.label(found.next_best),
+            shorter(found.next_gain),
+            shorter(found.difference),
+            "-" if found.relative is None else shorter(found.relative),
+            str(len(found.seeds)),
+        ]
+        for found in gains(task)
+    ]
+    note = (
+        f"The bar is asked of {study.label(study.headline)} at width {task.width} alone; the other rows were not "
+        "chosen beforehand. The next best arm at a width is the control with the best mean there."
+    )
+    return Table("Gains over the base (pass@1)", header, rows, 4, note)
+
+
+def gains(task: TaskCells) -> list[RelativeGain]:
+    found = [relative_gain(task, width, arm) for arm in bridge_arms(task) for width in task.study.widths]
+    return [gain for gain in found if gain is not None]
+
+
+def vote_table(task: TaskCells) -> Table:
+    """What the tokens of a group give: one row of it, or a vote of its rows."""
+    study = task.study
+    header = ["arm", "width", "minus the vote of", "a row of the group", "a vote of the group", "seeds"]
+    rows = [
+        [
+            study.label(row.first.arm),
+            str(row.first.width),
+            study.label(row.second.arm),
+            shorter(row.over_seeds),
+            shorter(vote.over_seeds),
+            str(len(row.seeds)),
+        ]
+        for row, vote in vote_differences(task)
+    ]
+    note = "Both sides spend the tokens of as many completions; rows of the controls do not hear each other."
+    return Table("Against a vote of as many rows", header, rows, 3, note)
+
+
+def vote_differences(task: TaskCells) -> list[tuple[Difference, Difference]]:
+    """Of every arm with a Bridge, at widths above 1, against the vote of each control: pass@1, and its own vote."""
+    found = []
+    for arm in bridge_arms(task):
+        for width in [width for width in task.study.widths if width > 1]:
+            for control in task.controls():
+                ours, theirs = Setting(arm, width), Setting(control, width)
+                row = compare(task, ours, theirs, second_metric="maj")
+                vote = compare(task, ours, theirs, "maj")
+                if row is not None and vote is not None:
+                    found.append((row, vote))
+    return found
+
+
+def bridge_arms(task: TaskCells) -> list[str]:
+    return [arm for arm in arms_with_results(task) if task.study.arms[arm].role == "bridge"]
+
+
 def rates(task: TaskCells, arm: str) -> str:
     """The learning rate of its cells; of the base a dash."""
     found = {result.learning_rate for result in task.cells[arm].values()}
@@ -81,7 +155,7 @@ def difference_texts(found: Difference) -> list[str]:
 def sibling_differences(task: TaskCells) -> list[Difference]:
     """Of every arm with a Bridge, at each width above 1: against shuffled siblings, disabled, and alone."""
     found = []
-    for arm in [arm for arm in arms_with_results(task) if task.study.arms[arm].role == "bridge"]:
+    for arm in bridge_arms(task):
         for width in [width for width in task.study.widths if width > 1]:
             own = Setting(arm, width)
             others = (Setting(arm, width, "shuffled"), Setting(arm, width, "disabled"), Setting(arm, 1))
