@@ -17,7 +17,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bridge_rl.tiny import products
+from bridge_rl.tiny import equations, products
 from bridge_rl.tiny import task as two_tries
 
 
@@ -29,7 +29,7 @@ class Task:
     make_problems: Callable[[int], Iterator[Any]]
     make_held_out: Callable[[int], Iterator[Any]]
     demonstrate: Callable[[Any, random.Random], str]
-    is_correct: Callable[[str, str], bool]
+    is_correct: Callable[[Any, str], bool]
 
 
 TASKS = {
@@ -38,14 +38,14 @@ TASKS = {
         two_tries.make_problems,
         two_tries.make_problems,
         two_tries.demonstrate,
-        two_tries.is_correct,
+        lambda problem, completion: two_tries.is_correct(problem.text, completion),
     ),
     "products": Task(
         products.CHARACTERS,
         products.make_problems,
         partial(products.make_problems, split="validation"),
         products.demonstrate,
-        products.is_correct,
+        lambda problem, completion: equations.is_correct(str(problem.product), completion),
     ),
 }
 # A user turn is the problem; the model answers after "=". One assistant turn ends with EOS.
@@ -118,8 +118,8 @@ def batches(task: Task, tokenizer: PreTrainedTokenizerFast, size: int) -> Iterat
 def pass_at_1(task: Task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_problems: int) -> float:
     """Share of right completions, one sample a problem at temperature 1."""
     problems = task.make_held_out(EVAL_SEED)
-    chosen = [next(problems).text for _ in range(num_problems)]
-    inputs = torch.tensor([prompt_ids(tokenizer, problem) for problem in chosen])
+    chosen = [next(problems) for _ in range(num_problems)]
+    inputs = torch.tensor([prompt_ids(tokenizer, problem.text) for problem in chosen])
     torch.manual_seed(0)
     output = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, max_new_tokens=26)
     texts = tokenizer.batch_decode(output[:, inputs.shape[1] :], skip_special_tokens=True)

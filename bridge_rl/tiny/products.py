@@ -9,19 +9,14 @@ multiplications, of which the model has some wrong. That is what rows can tell e
 """
 
 import random
-import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
-Split = Literal["train", "validation", "test"]
+from bridge_rl.tiny.splits import Split, split_of
 
 CHARACTERS = "0123456789*;="
 SMALLEST, LARGEST = 2, 29
-
-_ANSWER = re.compile(r"=(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -41,9 +36,8 @@ class Problem:
 
     @property
     def split(self) -> Split:
-        """The same for every order of the same numbers: a tenth is for testing, a tenth for validation."""
-        tenth = zlib.crc32(repr(sorted(self.numbers)).encode()) % 10
-        return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
+        """The same for every order of the same numbers."""
+        return split_of(sorted(self.numbers))
 
     @classmethod
     def parse(cls, text: str) -> "Problem":
@@ -62,21 +56,11 @@ def make_problems(seed: int, split: Split = "train") -> Iterator[Problem]:
             yield problem
 
 
-def final_answer(completion: str) -> str | None:
-    """The number that it ends in, without leading zeros; None if there is none."""
-    match = _ANSWER.search(completion)
-    return None if match is None else str(int(match[1]))
-
-
-def is_correct(problem: str, completion: str) -> bool:
-    """Whether `completion` ends in the product of `problem`."""
-    return final_answer(completion) == str(Problem.parse(problem).product)
-
-
 def demonstrate(problem: Problem, rng: random.Random) -> str:
     """One supervised solution, in a random order."""
     first, second, third = rng.sample(problem.numbers, 3)
-    return f"{first:02d}*{second:02d}={first * second:03d};{first * second:03d}*{third:02d}={problem.product:05d}"
+    pair = first * second
+    return f"{first:02d}*{second:02d}={pair:03d};{pair:03d}*{third:02d}={problem.product:05d}"
 
 
 def dataset(seed: int, size: int, split: Split = "train") -> list[dict[str, str]]:
