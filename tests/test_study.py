@@ -208,13 +208,16 @@ RIGHT = {
 }
 
 
+AS_THE_STUDY_SAYS = {("model", 1): [0, 1], ("model", 4): [1, 2], ("shuffled", 4): [1, 1]}
+
+
 def write_made_up(study, results: Path, tmp_path: Path, shuffled=((1, 2), (2, 2), (1, 2)), left_out=()) -> None:
     for cell in seed_cells(study, results):
         if (cell.arm, cell.seed) in left_out:
             continue
         right = RIGHT[cell.arm][cell.seed]
         values = {("model", 1): [0, 1], ("model", 4): right}
-        if cell.arm == "bridge":
+        if study.arms[cell.arm].role == "bridge":
             values |= {("shuffled", 4): list(shuffled[cell.seed]), ("disabled", 4): [1, 1]}
         write_cell(make_result(study, cell, values, tmp_path), result_path(results, cell))
 
@@ -250,9 +253,7 @@ def test_the_learning_rate_with_the_best_validation_accuracy_is_taken_once_all_w
 def test_a_result_of_another_recipe_is_refused(study, tmp_path):
     cell, results = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "results"
     assert find_result(study, cell, results) is None
-    write_cell(
-        make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path), result_path(results, cell)
-    )
+    write_cell(make_result(study, cell, AS_THE_STUDY_SAYS, tmp_path), result_path(results, cell))
     assert find_result(study, cell, results) is not None
     with pytest.raises(UserError, match=r"another training\.learning_rate"):
         find_result(study, replace(cell, learning_rate=2e-4), results)
@@ -284,7 +285,7 @@ def on_others(split: str) -> dict:
 )
 def test_a_result_that_was_evaluated_otherwise_is_refused(study, tmp_path, changes, key, search):
     cell, results = Cell("tiny", "bridge", 0, 1e-4, search), tmp_path / "results"
-    result = make_result(study, cell, {("model", 1): [0, 1], ("model", 4): [1, 2]}, tmp_path)
+    result = make_result(study, cell, AS_THE_STUDY_SAYS, tmp_path)
     write_cell(result, result_path(results, cell))
     changed = load_study(write_study(tmp_path, **changes))
     if key is None or key == f"tasks.tiny.{'test' if search else 'validation'}":  # problems of the other split
@@ -293,6 +294,39 @@ def test_a_result_that_was_evaluated_otherwise_is_refused(study, tmp_path, chang
     with pytest.raises(UserError) as caught:
         find_result(changed, cell, results)
     assert f"another {key} than the study says" in str(caught.value)
+
+
+def test_a_bridge_without_controls_is_refused_where_the_study_has_them(study, tmp_path):
+    results, without = tmp_path / "results", {("model", 1): [0, 1], ("model", 4): [1, 2]}
+    cell = Cell("tiny", "bridge", 0, 1e-4)
+    cells = [cell, replace(cell, search=True), replace(cell, arm="rlvr")]
+    for each in cells:
+        write_cell(make_result(study, each, without, tmp_path), result_path(results, each))
+    with pytest.raises(UserError, match="another controls than the study says"):
+        find_result(study, cell, results)
+    assert all(find_result(study, other, results) is not None for other in cells[1:])  # these have none to have
+    assert find_result(load_study(write_study(tmp_path, controls=False)), cell, results) is not None
+
+
+def test_a_study_may_go_on_from_the_results_of_another(study, tmp_path, capsys):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    narrow = {"role": "bridge", "overrides": ["bridge.num_heads=2"], "learning_rates": [1e-4]}
+    more = {**STUDY["arms"], "narrow": narrow}
+    path = write_study(tmp_path / "more", arms=more, results="../results", controls=False, widths=[4])
+    main(["study", str(path), "--dry-run"])
+    output = capsys.readouterr().out
+    assert "done     tiny/bridge/seed_2" in output
+    assert "open     tiny/narrow/seed_2" in output
+    main(["study", str(path), "--report"])
+    assert "12 of 15 cells are done" in (tmp_path / "more" / "report" / "table.md").read_text()
+    assert not (tmp_path / "report").exists()
+
+
+def test_arms_are_compared_at_the_width_at_which_the_headline_arm_was_trained(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    path = result_path(tmp_path / "results", Cell("tiny", "base", 0, None))
+    write_cell(replace(read_cell(path), trained_width=1), path)
+    assert read_task(study, "tiny", tmp_path / "results").width == 4
 
 
 @pytest.mark.parametrize(

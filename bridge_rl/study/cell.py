@@ -156,7 +156,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def evaluation_job(study: Study, cell: Cell, recipe: Recipe, directory: Path, base: bool) -> Job:
-    """What `bridge-rl eval` would do; of a cell of the test problems with `--controls`."""
+    """What `bridge-rl eval` would do; of a cell of the test problems with `--controls`, if the study says so."""
     section, source = recipe.evaluation, source_of(study, cell)
     name = f"{cell.task}, {'validation' if cell.search else 'test'}"
     suite = Suite(name, source, "as in the task", "", reward=recipe.rewards[0], prompt=recipe.data.prompt)
@@ -173,7 +173,7 @@ def evaluation_job(study: Study, cell: Cell, recipe: Recipe, directory: Path, ba
         max_rows=section.max_rows,
         seed=cell.seed,
         reward=None,
-        controls=not cell.search,
+        controls=study.controls and not cell.search,
         probes=False,
         probe_rows=1,
     )
@@ -241,7 +241,8 @@ def main() -> None:
 
 
 def run_named(path: Path, runs: Path, name: str, rate: float | None) -> None:
-    study, results = load_study(path), path.parent / "results"
+    study = load_study(path)
+    results = path.parent / study.results
     task, arm, seed = name.split("/")
     chosen = chosen_rate(study, task, arm, results) if rate is None else rate
     run_cell(study, Cell(task, arm, int(seed), chosen, search=rate is not None), results, runs)

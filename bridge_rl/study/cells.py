@@ -226,6 +226,8 @@ def evaluation_difference(study: Study, cell: Cell, result: CellResult, recipe: 
     widths = [recipe.rollout.width] if cell.search else study.widths
     if not result.evaluated(widths, study.samples):
         return "widths or samples"
+    if study.controls and not cell.search and study.arms[cell.arm].role == "bridge" and not result.controlled:
+        return "controls"
     if result.source != source_of(study, cell):
         return f"tasks.{cell.task}.{result.split}"
     return next((key for key in differing(result.recipe, recipe) if under(key, EVALUATED_BY)), None)

@@ -57,7 +57,8 @@ class Plan:
 def study(args: argparse.Namespace) -> None:
     """Search the learning rates, run the cells, write the report. Exits with 1 where cells failed."""
     runs = args.runs or Path("runs") / args.study.parent.name
-    plan = Plan(args.study, load_study(args.study), args.study.parent / "results", runs, args.only)
+    loaded = load_study(args.study)
+    plan = Plan(args.study, loaded, args.study.parent / loaded.results, runs, args.only)
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}: it must be at least 1.")
     check_names(plan)

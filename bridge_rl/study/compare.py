@@ -80,8 +80,9 @@ class TaskCells:
 
     @property
     def width(self) -> int:
-        """Of training."""
-        return next(result.trained_width for own in self.cells.values() for result in own.values())
+        """Of the headline arm's training; of another's where that has no results."""
+        of_headline_first = [self.cells[self.study.headline], *self.cells.values()]
+        return next(result.trained_width for own in of_headline_first for result in own.values())
 
     def values(self, setting: Setting, metric: str) -> dict[int, float]:
         """By seed; of those that were sampled so."""

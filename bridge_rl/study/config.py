@@ -50,8 +50,10 @@ class Study:
     """Every trained arm gets as many learning rates as the others, tried at `search_seed` on the validation problems.
 
     headline: the arm that the others are compared with. seeds: of the cells, paired over arms. widths, samples: of the
-    evaluations, as in a recipe. threads: of each cell's process; sums are rounded otherwise with other numbers.
-    overrides: of every recipe, before those of task and arm.
+    evaluations, as in a recipe. controls: whether arms with a Bridge are evaluated under them, too, which takes most of
+    the time. threads: of each cell's process; sums are rounded otherwise with other numbers. overrides: of every
+    recipe, before those of task and arm. results: their directory, seen from the study's; another study's, to go on
+    from its cells.
     """
 
     tasks: dict[str, Task]
@@ -61,8 +63,10 @@ class Study:
     search_seed: int
     widths: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     samples: int = 16
+    controls: bool = True
     threads: int = 1
     overrides: list[str] = field(default_factory=list)
+    results: str = "results"
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:

@@ -96,6 +96,11 @@ class CellResult:
         """Right rows, [groups][problems]."""
         return next((c.right() for c in self.counts if (c.condition, c.width) == (condition, width)), None)
 
+    @property
+    def controlled(self) -> bool:
+        """Whether siblings were shuffled, as they are with `controls`."""
+        return any(summary.condition == "shuffled" for summary in self.summaries)
+
     def evaluated(self, widths: list[int], samples: int) -> bool:
         """Whether it was evaluated at these widths with so many samples."""
         own = {summary.width for summary in self.summaries if summary.condition == "model"}
