@@ -113,6 +113,19 @@ def test_only_the_sole_solver_of_a_group_gets_the_bonus():
     assert score(completions=completions, answer=["4"] * 8, group_index=groups) == [1.0, 0, 0, 0, 0, 0, 0, 1.0]
 
 
+def test_another_reward_may_say_who_solves_and_logs_nothing_for_it():
+    score = load("rewards/set_aware.py:sole_solver", judge="rewards/two_tries.py:correct")
+    problem, right, wrong = "12,35,27,19,31,22:49", "!27+22", "!12+35"
+    logged = []
+    rows = {"problem": [problem] * 4, "group_index": [0, 0, 1, 1], "log_extra": lambda *args: logged.append(args)}
+    assert score(completions=[right, wrong, right, right], **rows) == [1.0, 0, 0, 0]
+    by_answer = load("rewards/set_aware.py:sole_solver")  # whose reward logs its verdicts
+    assert by_answer(completions=["4"], answer=["4"], **rows | {"group_index": [0]}) == [1.0]
+    assert logged == []
+    with pytest.raises(UserError, match=r"rewards.kwargs.judge: there is no file rewards/nobody.py"):
+        load("rewards/set_aware.py:sole_solver", judge="rewards/nobody.py:correct")(completions=[right], **rows)
+
+
 def test_an_async_reward_stays_async_for_trl_to_await(tmp_path):
     import asyncio
 
