@@ -519,6 +519,19 @@ def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_wha
     }
 
 
+def test_a_bar_is_complete_without_other_arms_with_a_bridge_but_not_without_a_control(tmp_path, monkeypatch):
+    arms = {**STUDY["arms"], "blocks": {**STUDY["arms"]["bridge"], "overrides": ["train=bridge"]}}
+    study = load_study(write_study(tmp_path, arms=arms))
+    monkeypatch.setitem(RIGHT, "blocks", [[4, 4], [4, 4], [4, 4]])
+    without = [("blocks", seed) for seed in study.seeds]
+    write_made_up(study, tmp_path / "results", tmp_path, left_out=without)
+    assert not any("Incomplete" in sentence for sentence in verdicts(read_task(study, "tiny", tmp_path / "results")))
+    for seed in study.seeds:
+        result_path(tmp_path / "results", Cell("tiny", "rlvr", seed, 1e-4)).unlink()
+    found = verdicts(read_task(study, "tiny", tmp_path / "results"))
+    assert all(sentence.endswith("Incomplete: 3 of 3 seeds, none of rlvr.") for sentence in found)
+
+
 def test_a_bar_counts_the_same_seeds_for_ratio_and_difference(study, tmp_path):
     write_made_up(study, tmp_path / "results", tmp_path, left_out=[("base", 2)])
     task = read_task(study, "tiny", tmp_path / "results")

@@ -201,8 +201,17 @@ def verdicts(task: TaskCells) -> list[str]:
     found = relative_gain(task, task.width) if task.cells[task.study.headline] else None
     if found is None:
         return ["Not known yet: no seed is there of the headline arm, the base and a control."]
-    so_far = "" if not task.missing() else f" Incomplete: {len(found.seeds)} of {len(task.study.seeds)} seeds."
+    so_far = incomplete(task, found)
     return [gain_verdict(task, found) + so_far, shuffled_verdict(task, found) + so_far]
+
+
+def incomplete(task: TaskCells, found: RelativeGain) -> str:
+    """What the bars lack, as a sentence; empty where all is there that they need."""
+    study, there = task.study, len(found.seeds)
+    absent = [study.label(arm) for arm in task.missing() if study.arms[arm].role == "control" and not task.cells[arm]]
+    if there == len(study.seeds) and not absent:
+        return ""
+    return f" Incomplete: {there} of {len(study.seeds)} seeds{''.join(f', none of {label}' for label in absent)}."
 
 
 def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
