@@ -1,6 +1,9 @@
 """The embedded tasks and their models."""
 
 import random
+import re
+import sys
+from collections import defaultdict
 from itertools import islice
 
 import pytest
@@ -8,8 +11,9 @@ import pytest
 import bridge_rl as br
 from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
+from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
-from bridge_rl.tiny import equations, products
+from bridge_rl.tiny import equations, products, word_problems
 from bridge_rl.tiny.make_base import TASKS, make_tokenizer
 from bridge_rl.tiny.task import Problem, dataset, demonstrate, is_correct, make_problems
 
@@ -70,6 +74,9 @@ def test_demonstrations_have_one_length_and_copy_hits():
         ("12*19=228;228*07=01596", True),  # any order
         ("07*19=144;144*12=01596", True),  # the answer counts, not the way
         ("=1596", True),
+        ("=" + "0" * 9000 + "1596", True),
+        ("=" + "9" * 9000, False),  # longer than Python reads as a number
+        ("07*19=133;133*12=01596\n", False),
         ("07*19=133;133*12=01597", False),
         ("07*19=133;133*12=01596;", False),
         ("07*19=133;133*12=", False),
@@ -101,6 +108,17 @@ def test_products_are_repeatable_and_answered_by_what_they_multiply_to():
         assert row["answer"] == str(first * second * third)
 
 
+def test_distinct_problems_are_those_of_the_split_once_each_until_there_are_no_more():
+    rows = products.dataset(11, 512, "test", distinct=True)
+    texts = [row["problem"] for row in rows]
+    assert len(set(texts)) == 512
+    assert len({row["problem"] for row in products.dataset(11, 512, "test")}) < 512
+    assert [products.Problem.parse(text).split for text in texts] == ["test"] * 512
+    assert products.dataset(11, 100, "test", distinct=True) == rows[:100]
+    with pytest.raises(UserError, match=r"only \d+ different problems, not 9999"):
+        products.dataset(11, 9999, "test", distinct=True)
+
+
 def test_demonstrated_products_are_right_and_stand_at_fixed_columns():
     rng, problems = random.Random(0), products.make_problems(3)
     orders = set()
@@ -116,24 +134,107 @@ def test_demonstrated_products_are_right_and_stand_at_fixed_columns():
     assert len(orders) >= 6
 
 
-@pytest.mark.parametrize(
-    ("path", "task", "problem"), [("model", "two_tries", PROBLEM), ("products_model", "products", "07*12*19")]
-)
-def test_a_shipped_tokenizer_is_the_one_that_make_base_makes(path, task, problem):
+@pytest.mark.parametrize("number", word_problems.TEMPLATES)
+def test_a_word_problem_asks_for_what_reasoning_gym_says_is_its_answer(number, monkeypatch):
+    made = []
+    generate = word_problems._generators()[number]
+
+    def remembered(rng, difficulty):
+        made.append(generate(rng, difficulty))
+        return made[-1]
+
+    monkeypatch.setattr(word_problems, "TEMPLATES", {number: word_problems.TEMPLATES[number]})
+    monkeypatch.setattr(word_problems, "_generators", lambda: {number: remembered})
+    for problem in islice(word_problems.make_problems(4), 200):
+        assert problem.text == made[-1]["question"]
+        assert problem.answer == float(made[-1]["answer"])
+
+
+def test_demonstrated_word_problems_are_true_equations_of_the_problem_in_many_orders():
+    rng, orders = random.Random(0), defaultdict(set)
+    for problem in islice(word_problems.make_problems(3), 600):
+        text = word_problems.demonstrate(problem, rng)
+        known = {2, 7, *(value for _, value in problem.values)}  # two twins, seven days
+        for step in text.split(";"):
+            left, sign, right, result = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", step).groups()
+            assert {int(left), int(right)} <= known  # said in the problem, or worked out before
+            assert eval(f"{left}{sign}{right}") == int(result)
+            known.add(int(result))
+        assert equations.is_correct(str(problem.answer), text)
+        orders[problem.template].add("".join(sign for sign in text if sign in "+-*"))
+    assert sorted(orders) == sorted(word_problems.TEMPLATES)
+    # Signs come in another order where terms of two kinds can be worked out in any.
+    assert {number: len(found) for number, found in orders.items() if len(found) > 1} == {
+        7: 2, 9: 2, 44: 2, 57: 3, 67: 2, 71: 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [(2, 3, 5), (7, 7, 7), (1, 10, 100)])
+def test_any_two_terms_of_a_product_may_be_multiplied_first(values):
+    problem = word_problems.Problem(58, "", tuple(zip(["calories", "num_containers", "volume"], values, strict=True)))
+    rng = random.Random(0)
+    firsts = {word_problems.demonstrate(problem, rng).partition("=")[0] for _ in range(200)}
+    assert firsts == {f"{a}*{b}" for i, a in enumerate(values) for j, b in enumerate(values) if i != j}
+
+
+def test_splits_of_word_problems_share_no_text():
+    of_split = {
+        split: {problem.text for problem in islice(word_problems.make_problems(3, split), 3000)}
+        for split in ("train", "validation", "test")
+    }
+    assert not of_split["train"] & of_split["test"]
+    assert not of_split["train"] & of_split["validation"]
+    assert not of_split["validation"] & of_split["test"]
+
+
+def test_distinct_word_problems_have_no_numbers_of_a_template_twice():
+    def numbers(distinct):
+        rows = word_problems.dataset(11, 512, "test", distinct=distinct)
+        assert len(rows) == 512
+        return [re.findall(r"\d+", row["problem"]) for row in rows if "cash register" in row["problem"]]
+
+    assert len(numbers(distinct=True)) == len(set(map(tuple, numbers(distinct=True))))
+    assert len(numbers(distinct=False)) > len(set(map(tuple, numbers(distinct=False))))
+
+
+def test_word_problems_are_repeatable_and_need_reasoning_gym(monkeypatch):
+    assert word_problems.dataset(7, 5) == word_problems.dataset(7, 5) != word_problems.dataset(8, 5)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.arithmetic.gsm_symbolic.generators_00_49", None)
+    with pytest.raises(UserError, match="pip install reasoning-gym"):
+        word_problems.dataset(7, 5)
+
+
+BASES = [("model", "two_tries"), ("products_model", "products")]
+
+
+@pytest.mark.parametrize(("path", "task"), BASES)
+def test_a_shipped_tokenizer_is_the_one_that_make_base_makes_and_knows_its_task(path, task):
     shipped = load_tokenizer(ModelSection(f"package://bridge_rl/tiny/{path}"))
-    made = make_tokenizer(TASKS[task].characters)
-    turns = [[{"role": "user", "content": problem}]]
-    assert prompt_tokens(shipped, turns) == prompt_tokens(made, turns)
-    assert shipped.decode(prompt_tokens(shipped, turns)[0]) == f"<bos>{problem}="
+    made = make_tokenizer(TASKS[task])
+    assert shipped.get_vocab() == made.get_vocab()
+    assert shipped.model_max_length == made.model_max_length
+    rng = random.Random(0)
+    for problem in islice(TASKS[task].make_held_out(99), 300):
+        turns = [[{"role": "user", "content": problem.text}]]
+        tokens = prompt_tokens(shipped, turns)
+        assert tokens == prompt_tokens(made, turns)
+        assert shipped.decode(tokens[0]) == f"<bos>{''.join(problem.text.split())}="
+        assert shipped.unk_token_id not in tokens[0]
+        solution = TASKS[task].demonstrate(problem, rng)
+        ids = shipped(solution)["input_ids"]
+        assert ids == made(solution)["input_ids"]
+        assert shipped.decode(ids) == solution
+        assert len(ids) < TASKS[task].max_new_tokens
+        assert len(tokens[0]) + TASKS[task].max_new_tokens <= shipped.model_max_length
 
 
-@pytest.mark.parametrize(("path", "task"), [("model", "two_tries"), ("products_model", "products")])
+@pytest.mark.parametrize(("path", "task"), BASES)
 def test_a_shipped_base_solves_20_to_40_percent(path, task):
     section = ModelSection(f"package://bridge_rl/tiny/{path}")
     model, tokenizer = load_model(section), load_tokenizer(section)
     problems = list(islice(TASKS[task].make_held_out(99), 128))
     prompts = prompt_tokens(tokenizer, [[{"role": "user", "content": problem.text}] for problem in problems])
-    params = br.SamplingParams(32, seed=0, eos_token_id=tokenizer.eos_token_id)
+    params = br.SamplingParams(TASKS[task].max_new_tokens, seed=0, eos_token_id=tokenizer.eos_token_id)
     groups = br.generate_groups(model, prompts, 8, params)
     right = [
         TASKS[task].is_correct(problem, tokenizer.decode(tokens, skip_special_tokens=True))

@@ -2,13 +2,13 @@
 
 import re
 
-_ANSWER = re.compile(r"= ?(\d+)$")
+_ANSWER = re.compile(r"=([0-9]+)\Z")
 
 
 def final_answer(completion: str) -> str | None:
     """The number that `completion` ends in, without leading zeros; None if there is none."""
     match = _ANSWER.search(completion)
-    return None if match is None else str(int(match[1]))
+    return None if match is None else match[1].lstrip("0") or "0"
 
 
 def is_correct(answer: str, completion: str) -> bool:

@@ -6,46 +6,79 @@ pass@1 at temperature 1 on held-out problems reaches `--stop-at`.
 
 import argparse
 import random
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bridge_rl.tiny import equations, products
+from bridge_rl.tiny import equations, products, word_problems
 from bridge_rl.tiny import task as two_tries
+
+# What is one token: a word, or another character. A number is as many tokens as it has digits.
+TOKEN = r"[A-Za-z]+|\S"
+SOLVED_WITH = "0123456789+-*=;"  # word problems
+TRAIN_SEED, EVAL_SEED = 1, 2
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a base is trained on. make_problems, make_held_out: seed -> endless problems, with their `text`."""
+    """What a base is trained on. make_problems, make_held_out: seed -> endless problems, with their `text`.
 
-    characters: str
+    vocabulary: every token of problems and solutions. max_length: the model's, in tokens.
+    """
+
+    vocabulary: Callable[[], Sequence[str]]
     make_problems: Callable[[int], Iterator[Any]]
     make_held_out: Callable[[int], Iterator[Any]]
     demonstrate: Callable[[Any, random.Random], str]
     is_correct: Callable[[Any, str], bool]
+    max_length: int
+    max_new_tokens: int
+
+
+def word_problem_vocabulary() -> list[str]:
+    """What solutions are written with, and every word and mark of many problems: templates and names are few."""
+    problems = islice(word_problems.make_problems(TRAIN_SEED), 20_000)
+    found = {token for problem in problems for token in re.findall(TOKEN, problem.text)}
+    return [*SOLVED_WITH, *sorted(found - set(SOLVED_WITH))]
 
 
 TASKS = {
     "two_tries": Task(
-        two_tries.CHARACTERS,
-        two_tries.make_problems,
-        two_tries.make_problems,
-        two_tries.demonstrate,
-        lambda problem, completion: two_tries.is_correct(problem.text, completion),
+        vocabulary=lambda: two_tries.CHARACTERS,
+        make_problems=two_tries.make_problems,
+        make_held_out=two_tries.make_problems,
+        demonstrate=two_tries.demonstrate,
+        is_correct=lambda problem, completion: two_tries.is_correct(problem.text, completion),
+        max_length=128,
+        max_new_tokens=26,
     ),
     "products": Task(
-        products.CHARACTERS,
-        products.make_problems,
-        partial(products.make_problems, split="validation"),
-        products.demonstrate,
-        lambda problem, completion: equations.is_correct(str(problem.product), completion),
+        vocabulary=lambda: products.CHARACTERS,
+        make_problems=products.make_problems,
+        make_held_out=partial(products.make_problems, split="validation"),
+        demonstrate=products.demonstrate,
+        is_correct=lambda problem, completion: equations.is_correct(str(problem.product), completion),
+        max_length=128,
+        max_new_tokens=26,
+    ),
+    "word_problems": Task(
+        vocabulary=word_problem_vocabulary,
+        make_problems=word_problems.make_problems,
+        make_held_out=partial(word_problems.make_problems, split="validation"),
+        demonstrate=word_problems.demonstrate,
+        is_correct=lambda problem, completion: equations.is_correct(str(problem.answer), completion),
+        max_length=256,
+        max_new_tokens=80,
     ),
 }
 # A user turn is the problem; the model answers after "=". One assistant turn ends with EOS.
@@ -55,14 +88,13 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-TRAIN_SEED, EVAL_SEED = 1, 2
 
 
-def make_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character, with PAD, BOS and EOS."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *characters])}
+def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+    """One token per `TOKEN`, with PAD, BOS and EOS. White space is lost."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *task.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -70,21 +102,21 @@ def make_tokenizer(characters: str) -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         padding_side="left",
-        model_max_length=128,
+        model_max_length=task.max_length,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 0.66 M parameters."""
+    """A Llama of 4 layers, with 0.66 M parameters and its embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -100,7 +132,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, problem: str) -> list[int]:
 
 
 def batches(task: Task, tokenizer: PreTrainedTokenizerFast, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (input_ids, labels), both [size, T]; every example has the same length, so nothing is padded."""
+    """Endless (input_ids, labels), both [size, T] and padded at the end, where no label is and nothing attends to."""
     rng = random.Random(TRAIN_SEED)
     problems = task.make_problems(TRAIN_SEED)
     while True:
@@ -111,7 +143,13 @@ def batches(task: Task, tokenizer: PreTrainedTokenizerFast, size: int) -> Iterat
             completion = tokenizer(task.demonstrate(problem, rng))["input_ids"] + [tokenizer.eos_token_id]
             rows.append(prompt + completion)
             labels.append([-100] * len(prompt) + completion)
-        yield torch.tensor(rows), torch.tensor(labels)
+        yield padded(rows, tokenizer.pad_token_id), padded(labels, -100)
+
+
+def padded(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+    """[rows, longest] with `value` in the empty places at `side`."""
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 @torch.no_grad()
@@ -119,9 +157,15 @@ def pass_at_1(task: Task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenize
     """Share of right completions, one sample a problem at temperature 1."""
     problems = task.make_held_out(EVAL_SEED)
     chosen = [next(problems) for _ in range(num_problems)]
-    inputs = torch.tensor([prompt_ids(tokenizer, problem.text) for problem in chosen])
+    inputs = padded([prompt_ids(tokenizer, problem.text) for problem in chosen], tokenizer.pad_token_id, side="left")
     torch.manual_seed(0)
-    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, max_new_tokens=26)
+    output = model.generate(
+        inputs,
+        attention_mask=(inputs != tokenizer.pad_token_id).long(),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=task.max_new_tokens,
+    )
     texts = tokenizer.batch_decode(output[:, inputs.shape[1] :], skip_special_tokens=True)
     return sum(task.is_correct(p, text) for p, text in zip(chosen, texts, strict=True)) / num_problems
 
@@ -140,7 +184,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     task = TASKS[args.task]
-    tokenizer = make_tokenizer(task.characters)
+    tokenizer = make_tokenizer(task)
     model = make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))

@@ -11,9 +11,8 @@ multiplications, of which the model has some wrong. That is what rows can tell e
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
-from bridge_rl.tiny.splits import Split, split_of
+from bridge_rl.tiny.splits import Split, split_of, take
 
 CHARACTERS = "0123456789*;="
 SMALLEST, LARGEST = 2, 29
@@ -63,7 +62,7 @@ def demonstrate(problem: Problem, rng: random.Random) -> str:
     return f"{first:02d}*{second:02d}={pair:03d};{pair:03d}*{third:02d}={problem.product:05d}"
 
 
-def dataset(seed: int, size: int, split: Split = "train") -> list[dict[str, str]]:
-    """`size` rows with `problem` and `answer`."""
-    chosen = islice(make_problems(seed, split), size)
+def dataset(seed: int, size: int, split: Split = "train", distinct: bool = False) -> list[dict[str, str]]:
+    """`size` rows with `problem` and `answer`. distinct: no text twice, though the same numbers in another order."""
+    chosen = take(make_problems(seed, split), size, lambda problem: problem.text, distinct)
     return [{"problem": problem.text, "answer": str(problem.product)} for problem in chosen]
