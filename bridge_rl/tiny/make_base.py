@@ -1,6 +1,6 @@
 """Make a base of the embedded tasks again: `python -m bridge_rl.tiny.make_base two_tries --output DIR --stop-at 0.245`.
 
-Supervised training from scratch on the task's demonstrations, 5 to 20 minutes on two CPU cores. It stops as soon as
+Supervised training from scratch on the task's demonstrations, 5 to 40 minutes on a CPU. It stops as soon as
 pass@1 at temperature 1 on held-out problems reaches `--stop-at`.
 """
 
