@@ -25,7 +25,7 @@ from bridge_rl.report import names
 from bridge_rl.run import save_recipe
 from bridge_rl.study import cell as cell_module
 from bridge_rl.study import command
-from bridge_rl.study.cell import alone_in, thinned, train_cell, training_seconds
+from bridge_rl.study.cell import alone_in, evaluation_job, thinned, train_cell, training_seconds
 from bridge_rl.study.cells import (
     Cell,
     chosen_rate,
@@ -40,6 +40,7 @@ from bridge_rl.study.cells import (
     seed_cells,
     source_of,
 )
+from bridge_rl.study.command import expected_seconds
 from bridge_rl.study.compare import Setting, compare, read_task, relative_gain, verdicts
 from bridge_rl.study.config import load_study
 from bridge_rl.study.report import write_study_report
@@ -108,6 +109,7 @@ def with_grids(*grids: list[float]) -> dict:
         ({"headline": "rlvr"}, "name an arm whose role is bridge"),
         ({"seeds": [0, 100]}, "none may be search_seed"),
         ({"widths": [1, 36]}, "from 1 to 35"),
+        ({"widths": [1, 4, 4]}, "widths is [1, 4, 4]: name each once."),
     ],
 )
 def test_a_mistake_in_a_study_is_one_sentence(tmp_path, changes, sentence):
@@ -132,24 +134,52 @@ def test_a_cell_that_there_is_not_is_refused(tmp_path, capsys, only, sentence):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ({**SOURCE, "path": "bridge_rl.tiny.task:datasets"}, "tasks.tiny.test"),
+        ({**SOURCE, "kwargs": {"seed": 11, "size": 3}}, "tasks.tiny.test has 3 problems: it needs 4"),
+    ],
+)
+def test_problems_that_cannot_be_evaluated_are_refused_before_anything_is_trained(tmp_path, capsys, source, sentence):
+    tasks = {"tiny": {**STUDY["tasks"]["tiny"], "test": source}}
+    with pytest.raises(SystemExit) as caught:
+        main(["study", str(write_study(tmp_path, tasks=tasks)), "--runs", str(tmp_path / "runs")])
+    assert caught.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_study_must_be_sampled_at_the_width_of_training(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["study", str(write_study(tmp_path, widths=[1, 8])), "--dry-run"])
     assert "tiny is trained at 4, add it" in capsys.readouterr().err
 
 
-def test_arms_of_the_small_study_are_the_recipes_beside_tiny_arith(tmp_path):
+@pytest.mark.parametrize(
+    ("task", "recipe"),
+    [("two_tries", "tiny_arith"), ("products", "tiny_products"), ("word_problems", "tiny_word_problems")],
+)
+def test_arms_of_the_small_study_are_the_recipes_that_are_shipped(tmp_path, task, recipe):
     study = load_study(Path("studies/small/study.yaml"))
-    for arm, name in {
-        "rlvr_only": "tiny_arith_rlvr_only",
-        "pmatch": "tiny_arith_pmatch",
-        "bridge": "tiny_arith",
-    }.items():
-        cell = Cell("two_tries", arm, 3, 2e-4)
-        shipped = load_recipe(f"recipes/{name}.yaml", ["seed=3", "training.learning_rate=2e-4"])
+    for arm, ending in {"rlvr_only": "_rlvr_only", "pmatch": "_pmatch", "bridge": ""}.items():
+        cell = Cell(task, arm, 3, 2e-4)
+        shipped = load_recipe(f"recipes/{recipe}{ending}.yaml", ["seed=3", "training.learning_rate=2e-4"])
         assert difference(shipped, recipe_of(study, cell, tmp_path)) is None
     assert difference(shipped, recipe_of(study, replace(cell, arm="pmatch"), tmp_path)) == "bridge.kind"
     assert difference(shipped, recipe_of(study, replace(cell, seed=4), tmp_path)) == "seed"
+
+
+def test_the_study_of_questions_goes_on_from_the_small_one(tmp_path):
+    path = Path("studies/questions/study.yaml")
+    questions, small = load_study(path), load_study(Path("studies/small/study.yaml"))
+    task = read_task(questions, "two_tries", path.parent / questions.results)
+    shared = [arm for arm in questions.arms if arm in small.arms]
+    assert shared == ["base", "rlvr_only", "pmatch", "bridge"]
+    assert [sorted(task.cells[arm]) for arm in shared] == [small.seeds] * 4
+    for arm in questions.arms.keys() - small.arms.keys():  # each is Bridge, changed in one thing
+        changed, ours = (recipe_of(questions, Cell("two_tries", name, 0, 1e-4), tmp_path) for name in (arm, "bridge"))
+        assert difference(changed, ours) is not None
 
 
 @pytest.mark.parametrize(
@@ -308,6 +338,29 @@ def test_a_bridge_without_controls_is_refused_where_the_study_has_them(study, tm
     assert find_result(load_study(write_study(tmp_path, controls=False)), cell, results) is not None
 
 
+def test_results_are_neither_refused_nor_done_while_their_learning_rate_is_searched(tmp_path, capsys):
+    grids = with_grids([1e-4, 2e-4], [1e-4, 2e-4], [1e-4, 2e-4])
+    path = write_study(tmp_path, arms=grids)
+    study, cell = load_study(path), Cell("tiny", "bridge", 0, 2e-4)
+    write_cell(make_result(study, cell, AS_THE_STUDY_SAYS, tmp_path), result_path(tmp_path / "results", cell))
+    main(["study", str(path), "--dry-run", "--only", "tiny/bridge/0"])
+    assert "open     tiny/bridge/seed_0 (learning rate not chosen yet)" in capsys.readouterr().out
+
+
+def test_a_cell_is_expected_to_take_as_long_as_those_most_like_it():
+    timed = {
+        Cell("a", "bridge", 0, 1e-4): 10.0,
+        Cell("a", "bridge", 1, 1e-4): 20.0,
+        Cell("a", "bridge", 9, 1e-4, search=True): 5.0,
+        Cell("b", "pmatch", 9, 1e-4, search=True): 7.0,
+    }
+    assert expected_seconds(Cell("a", "bridge", 2, 1e-4), timed) == 15.0
+    assert expected_seconds(Cell("a", "bridge", 9, 2e-4, search=True), timed) == 5.0
+    assert expected_seconds(Cell("b", "bridge", 0, 1e-4), timed) == 15.0  # of another task
+    assert expected_seconds(Cell("b", "pmatch", 0, 1e-4), timed) == 7.0  # of the search
+    assert expected_seconds(Cell("a", "rlvr", 0, 1e-4), timed) is None
+
+
 def test_a_study_may_go_on_from_the_results_of_another(study, tmp_path, capsys):
     write_made_up(study, tmp_path / "results", tmp_path)
     narrow = {"role": "bridge", "overrides": ["bridge.num_heads=2"], "learning_rates": [1e-4]}
@@ -337,6 +390,7 @@ def test_arms_are_compared_at_the_width_at_which_the_headline_arm_was_trained(st
         ("rollout.max_new_tokens=5", "rollout.max_new_tokens"),  # which is the evaluation's limit, too
         ("model.dtype=bfloat16", "model.dtype"),
         ("data.prompt='{problem} '", "data.prompt"),
+        ("data.system_prompt='try'", "data.system_prompt"),
         ("rewards=[{function: rewards/two_tries.py:correct, weight: 0.5}]", "rewards"),
         ("evaluation.temperature=0.5", "evaluation.temperature"),
     ],
@@ -353,6 +407,14 @@ def test_results_of_the_base_stay_when_only_training_changes(study, tmp_path, ov
     with pytest.raises(UserError) as caught:
         find_result(changed, cell, results)
     assert f"another {key} than the study says" in str(caught.value)
+
+
+def test_the_base_is_asked_as_the_trained_arms_are(tmp_path):
+    study = load_study(write_study(tmp_path, overrides=[*STUDY["overrides"], "data.system_prompt='add'"]))
+    cell = Cell("tiny", "base", 0, None)
+    job = evaluation_job(study, cell, recipe_of(study, cell, tmp_path), tmp_path, base=True)
+    assert [turn["role"] for turn in job.rows[0]["prompt"]] == ["system", "user"]
+    assert job.rows[0]["prompt"][0]["content"] == "add"
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -462,6 +524,25 @@ def test_the_bars_are_computed_from_the_results(study, tmp_path, shuffled, answe
     assert [f"**{answer}**" in sentence for answer, sentence in zip(answers, found, strict=True)] == [True, True]
 
 
+def test_there_is_no_benefit_to_lose_where_the_arm_is_not_ahead(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(RIGHT, "pmatch", RIGHT["bridge"])  # shuffled siblings are worse than own ones, as ever
+    write_made_up(study, tmp_path / "results", tmp_path, shuffled=((1, 1), (2, 2), (1, 1)))
+    gain, lost = verdicts(read_task(study, "tiny", tmp_path / "results"))
+    assert "**no**" in gain
+    assert "siblings lose the benefit: **there is none to lose**" in lost
+
+
+def test_a_bar_on_shuffled_siblings_counts_the_seeds_that_have_them(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    path = result_path(tmp_path / "results", Cell("tiny", "bridge", 2, 1e-4))
+    kept = [summary for summary in read_cell(path).summaries if summary.condition == "model"]
+    write_cell(replace(read_cell(path), summaries=kept), path)
+    without = load_study(write_study(tmp_path, controls=False))
+    gain, lost = verdicts(read_task(without, "tiny", tmp_path / "results"))
+    assert "Incomplete" not in gain
+    assert lost.endswith("Incomplete: 2 of 3 seeds.")
+
+
 def test_a_lead_that_is_not_away_from_zero_does_not_pass(study, tmp_path, monkeypatch):
     monkeypatch.setitem(RIGHT, "bridge", [[1, 1], [3, 3], [4, 3]])  # .0, .5, .625 over the base
     write_made_up(study, tmp_path / "results", tmp_path)
@@ -512,7 +593,7 @@ def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_wha
     text = (tmp_path / "report" / "table.md").read_text()
     assert "10 of 12 cells are done" in text
     assert "these seeds are not there yet: base 2; pmatch 1" in text
-    assert "unequal numbers of seeds" in text
+    assert "other seeds than others" in text
     assert json.loads((tmp_path / "report" / "report.json").read_text())["tasks"]["tiny"]["missing"] == {
         "base": [2],
         "pmatch": [1],
@@ -558,7 +639,7 @@ def test_the_report_shows_every_number_it_writes(study, tmp_path):
         "minus each arm at width 4",
     ):
         assert part in text, part
-    assert "unequal" not in text
+    assert "other seeds than others" not in text
     assert paths[2].stat().st_size > 10_000
     again = write_study_report(study, tmp_path / "results", tmp_path / "again")
     assert [path.read_bytes() for path in paths[:2]] == [path.read_bytes() for path in again[:2]]
@@ -571,12 +652,19 @@ def test_a_study_without_results_has_a_report_that_says_so(study, tmp_path):
     assert "No cell is done yet" in text
 
 
-def test_results_of_different_problems_are_not_put_together(study, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"problems": "others"}, "other test problems than"), ({"base": "another"}, "other weights of the base than")],
+)
+def test_results_of_different_problems_or_bases_are_not_put_together(study, tmp_path, changes, sentence):
     results = tmp_path / "results"
     write_made_up(study, results, tmp_path)
-    path = result_path(results, Cell("tiny", "bridge", 1, 1e-4))
-    write_cell(replace(read_cell(path), problems="others"), path)
-    with pytest.raises(UserError, match="on other problems"):
+    paths = [result_path(results, Cell("tiny", "bridge", seed, 1e-4)) for seed in (0, 1)]
+    for path in paths:
+        write_cell(replace(read_cell(path), base="the same"), path)
+    read_task(study, "tiny", results)  # of the others it is not known
+    write_cell(replace(read_cell(paths[1]), **changes), paths[1])
+    with pytest.raises(UserError, match=sentence):
         read_task(study, "tiny", results)
 
 
@@ -632,8 +720,11 @@ def test_two_processes_do_not_work_in_one_directory(tmp_path):
 # -- the runner -------------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_ends_what_is_running(study, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_what_is_running(study, tmp_path, monkeypatch, number):
     started = []
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup
+        pytest.skip(f"{number.name} is ignored here")
 
     def start(plan, cell):
         started.append(subprocess.Popen(["sleep", "60"]))
@@ -641,11 +732,20 @@ def test_a_signal_ends_what_is_running(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "start", start)
     plan = command.Plan(tmp_path / "study.yaml", study, tmp_path / "results", tmp_path / "runs", [])
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with pytest.raises(Stopped, match="SIGTERM"):
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(Stopped, match=number.name):
         command.run_cells(plan, seed_cells(study, plan.results), jobs=2)
     assert len(started) == 2
     assert all(process.returncode == -signal.SIGTERM for process in started)
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command.raising_stopped():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def run_study(path: Path, *options: str) -> "subprocess.Popen[str]":

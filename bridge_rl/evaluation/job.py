@@ -167,7 +167,8 @@ def make_job(
         raise UserError(f"--probe-rows is {args.probe_rows}: it must be at least 1.")
     say_uneven_samples(section)
     say_if_positions_run_out(model, limit)
-    data = trained.data if trained else DataSection(train=suite.source, prompt=suite.prompt)
+    of_suite = DataSection(train=suite.source, prompt=suite.prompt, system_prompt=suite.system_prompt)
+    data = trained.data if trained else of_suite
     reward = reward_of(args.reward, suite, trained)
     if suite.is_file:  # whose answers need be readable to math-verify only if that judges them
         checked = reward.function == MATH_REWARD

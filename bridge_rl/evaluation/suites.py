@@ -25,6 +25,7 @@ class Suite:
     """One set of problems.
 
     answers: their form in the source. problems: how many there are, None for any number. max_new_tokens: the default.
+    prompt, system_prompt: for models of which no run's recipe says their own.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Suite:
     problems: int | None = None
     reward: RewardSection = field(default_factory=lambda: RewardSection(MATH_REWARD))
     prompt: str = BOXED
+    system_prompt: str | None = None
     max_new_tokens: int = 1024
 
     @property

@@ -86,6 +86,7 @@ def run_cell(study: Study, cell: Cell, results: Path, runs: Path) -> CellResult:
             verdicts=found.verdicts,
             counts=count_right(groups, job.section.widths, listens(job.model)),
             history=thinned(read_lines(directory / "history.jsonl")),
+            base=whole_fingerprint(load_model(recipe.model)),
         )
         write_cell(result, result_path(results, cell))
     return result
@@ -159,7 +160,10 @@ def evaluation_job(study: Study, cell: Cell, recipe: Recipe, directory: Path, ba
     """What `bridge-rl eval` would do; of a cell of the test problems with `--controls`, if the study says so."""
     section, source = recipe.evaluation, source_of(study, cell)
     name = f"{cell.task}, {'validation' if cell.search else 'test'}"
-    suite = Suite(name, source, "as in the task", "", reward=recipe.rewards[0], prompt=recipe.data.prompt)
+    data, reward = recipe.data, recipe.rewards[0]
+    suite = Suite(
+        name, source, "as in the task", "", reward=reward, prompt=data.prompt, system_prompt=data.system_prompt
+    )
     trained = recipe.model if base else ModelSection(str(directory), dtype=recipe.model.dtype)
     model = load_model(trained).to(PartialState().device).eval()
     limit = section.max_new_tokens or recipe.rollout.max_new_tokens

@@ -29,7 +29,7 @@ WITHOUT_EFFECT = (
 # Keys of that section that decide how a cell is evaluated; widths and samples are the study's.
 EVALUATED_BY = ("evaluation.temperature", "evaluation.top_p", "evaluation.max_new_tokens")
 # Keys of a recipe that say what the untrained base is and how it answers; its results stay when other ones change.
-OF_BASE = ("model", "data.prompt", "rewards", "rollout.width", "rollout.max_new_tokens")
+OF_BASE = ("model", "data.prompt", "data.system_prompt", "rewards", "rollout.width", "rollout.max_new_tokens")
 
 
 @dataclass(frozen=True)

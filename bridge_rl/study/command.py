@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from bridge_rl.data import load_problems
 from bridge_rl.errors import STOPPED_CODE, Stopped, UserError
 from bridge_rl.study.cells import (
     Cell,
@@ -26,6 +27,7 @@ from bridge_rl.study.cells import (
     result_path,
     search_cells,
     seed_cells,
+    source_of,
 )
 from bridge_rl.study.config import Study, load_study
 from bridge_rl.study.report import write_study_report
@@ -51,12 +53,12 @@ class Plan:
         return named_cells(seed_cells(self.study, self.results), self.only)
 
     def done(self, cell: Cell) -> bool:
-        return find_result(self.study, cell, self.results) is not None
+        return is_ready(self.study, cell) and find_result(self.study, cell, self.results) is not None
 
 
 def study(args: argparse.Namespace) -> None:
     """Search the learning rates, run the cells, write the report. Exits with 1 where cells failed."""
-    runs = args.runs or Path("runs") / args.study.parent.name
+    runs = args.runs or Path("runs") / args.study.resolve().parent.name
     loaded = load_study(args.study)
     plan = Plan(args.study, loaded, args.study.parent / loaded.results, runs, args.only)
     if args.jobs < 1:
@@ -67,6 +69,7 @@ def study(args: argparse.Namespace) -> None:
         return
     failed: list[Cell] = []
     if not args.report:
+        check_problems(plan)
         failed += run_cells(plan, plan.search(), args.jobs)
         if not args.search_only:
             test = plan.test()  # now that learning rates are chosen
@@ -88,6 +91,16 @@ def check_names(plan: Plan) -> None:
         width = recipe_of(plan.study, cell, plan.runs).rollout.width
         if width not in plan.study.widths:
             raise UserError(f"{plan.path}: widths is {plan.study.widths}: {cell.task} is trained at {width}, add it.")
+
+
+def check_problems(plan: Plan) -> None:
+    """Raise UserError for problems that cannot be read, or are too few, before anything is trained for them."""
+    for cell in {(cell.task, cell.search): cell for cell in [*plan.search(), *plan.test()]}.values():
+        source, width = source_of(plan.study, cell), max(plan.study.widths)
+        key = f"{plan.path}: tasks.{cell.task}.{'validation' if cell.search else 'test'}"
+        problems = load_problems(source, key, cell.seed)
+        if len(problems) < width:
+            raise UserError(f"{key} has {len(problems)} problems: it needs {width}, as many as the largest of widths.")
 
 
 def run_cells(plan: Plan, cells: Sequence[Cell], jobs: int) -> list[Cell]:
@@ -115,12 +128,13 @@ def run_cells(plan: Plan, cells: Sequence[Cell], jobs: int) -> list[Cell]:
 
 @contextmanager
 def raising_stopped() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise `Stopped`."""
+    """Inside, SIGTERM, SIGINT and SIGHUP (of a terminal that is closed) raise `Stopped`, unless they are ignored."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Stopped(f"stopped by {signal.Signals(number).name}: the same command goes on where the cells were")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
@@ -193,7 +207,9 @@ def rate_of(plan: Plan, cell: Cell) -> str:
 
 
 def expected_seconds(cell: Cell, seconds: dict[Cell, float]) -> float | None:
-    """The mean of finished cells of the same task and arm, of the search or not, as this one is, if there are any."""
-    own = {other: time for other, time in seconds.items() if (other.task, other.arm) == (cell.task, cell.arm)}
-    alike = [time for other, time in own.items() if other.search == cell.search] or list(own.values())
-    return sum(alike) / len(alike) if alike else None
+    """The mean of the finished cells that are most like it: of the same arm, if possible of the same task, and of the
+    search or not, as it is. None without one."""
+    of_arm = {other: time for other, time in seconds.items() if other.arm == cell.arm}
+    alike = {other: time for other, time in of_arm.items() if other.task == cell.task} or of_arm
+    times = [time for other, time in alike.items() if other.search == cell.search] or list(alike.values())
+    return sum(times) / len(times) if times else None

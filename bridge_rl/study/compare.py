@@ -107,18 +107,19 @@ class TaskCells:
 def read_task(study: Study, task: str, results: Path) -> TaskCells:
     """Nothing of cells whose learning rate is still searched.
 
-    Raises UserError where results are of different problems, or of another recipe than the study's.
+    Raises UserError where results are of different problems or bases, or of another recipe than the study's.
     """
     cells: dict[str, dict[int, CellResult]] = {arm: {} for arm in study.arms}
     search: dict[str, dict[float, CellResult]] = {arm: {} for arm in study.arms}
-    digests: dict[bool, str] = {}
+    seen: dict[str, str] = {}
     for cell in [*search_cells(study), *seed_cells(study, results)]:
         result = find_result(study, cell, results) if cell.task == task and is_ready(study, cell) else None
         if result is None:
             continue
-        if digests.setdefault(cell.search, result.problems) != result.problems:
-            path = result_path(results, cell)
-            raise UserError(f"{path} was evaluated on other problems than the results beside it: delete one or other.")
+        for name, digest in ((f"{result.split} problems", result.problems), ("weights of the base", result.base)):
+            if digest is not None and seen.setdefault(name, digest) != digest:
+                path = result_path(results, cell)
+                raise UserError(f"{path} was made with other {name} than the results beside it: delete one or other.")
         if cell.search:
             assert cell.learning_rate is not None
             search[cell.arm][cell.learning_rate] = result
@@ -201,13 +202,12 @@ def verdicts(task: TaskCells) -> list[str]:
     found = relative_gain(task, task.width) if task.cells[task.study.headline] else None
     if found is None:
         return ["Not known yet: no seed is there of the headline arm, the base and a control."]
-    so_far = incomplete(task, found)
-    return [gain_verdict(task, found) + so_far, shuffled_verdict(task, found) + so_far]
+    return [gain_verdict(task, found), shuffled_verdict(task, found)]
 
 
-def incomplete(task: TaskCells, found: RelativeGain) -> str:
-    """What the bars lack, as a sentence; empty where all is there that they need."""
-    study, there = task.study, len(found.seeds)
+def incomplete(task: TaskCells, there: int) -> str:
+    """What a bar with so many seeds lacks, as a sentence; empty where all is there that it needs."""
+    study = task.study
     absent = [study.label(arm) for arm in task.missing() if study.arms[arm].role == "control" and not task.cells[arm]]
     if there == len(study.seeds) and not absent:
         return ""
@@ -221,7 +221,7 @@ def gain_verdict(task: TaskCells, found: RelativeGain) -> str:
     return (
         f"Relative gain at least {PAPERS_GAIN}, with the interval of the paired difference above 0: **{answer}**. "
         f"{names}, at width {found.width}: relative gain {relative_text(found)}, "
-        f"paired difference {estimate(found.difference)}."
+        f"paired difference {estimate(found.difference)}.{incomplete(task, len(found.seeds))}"
     )
 
 
@@ -232,17 +232,21 @@ def gains_enough(found: RelativeGain) -> bool:
 
 def shuffled_verdict(task: TaskCells, found: RelativeGain) -> str:
     """The benefit is lost where own siblings do better than shuffled ones, and with shuffled ones the arm is not shown
-    to be ahead of the next best one any more."""
+    to be ahead of the next best one any more. There is none to lose where it was not with its own."""
     study, width = task.study, found.width
     own, shuffled = Setting(study.headline, width), Setting(study.headline, width, "shuffled")
     lost = compare(task, own, shuffled, among=found.seeds)
     left = compare(task, shuffled, Setting(found.next_best, width), among=found.seeds)
     if lost is None or left is None:
         return "Shuffled siblings lose the benefit: **not known**, they were not sampled."
+    ahead = above_zero(found.difference)
     answer = yes_no(lost.above_zero and not left.above_zero, lost.above_zero)
+    if not ahead:
+        answer = "not known" if ahead is None else "there is none to lose"
     return (
         f"Shuffled siblings lose the benefit: **{answer}**. Own minus shuffled siblings at width {width}: "
         f"{estimate(lost.over_seeds)}; shuffled minus {study.label(found.next_best)}: {estimate(left.over_seeds)}."
+        f"{incomplete(task, len(lost.seeds))}"
     )
 
 

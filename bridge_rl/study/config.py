@@ -50,8 +50,8 @@ class Study:
     """Every trained arm gets as many learning rates as the others, tried at `search_seed` on the validation problems.
 
     headline: the arm that the others are compared with. seeds: of the cells, paired over arms. widths, samples: of the
-    evaluations, as in a recipe. controls: whether arms with a Bridge are evaluated under them, too, which takes most of
-    the time. threads: of each cell's process; sums are rounded otherwise with other numbers. overrides: of every
+    evaluations, as in a recipe. controls: whether arms with a Bridge are evaluated under them, too, which doubles the
+    completions. threads: of each cell's process; sums are rounded otherwise with other numbers. overrides: of every
     recipe, before those of task and arm. results: their directory, seen from the study's; another study's, to go on
     from its cells.
     """
@@ -87,6 +87,8 @@ class Study:
             raise UserError("arms and tasks: names may have no slash, and 'search' is the name of a directory.")
         if not self.widths or not all(1 <= width <= MOST_WIDTH for width in self.widths):
             raise UserError(f"widths is {self.widths}: name at least one, each from 1 to {MOST_WIDTH}.")
+        if len(set(self.widths)) < len(self.widths):
+            raise UserError(f"widths is {self.widths}: name each once.")
         if self.samples < 1 or self.threads < 1:
             raise UserError("samples and threads must be at least 1.")
 

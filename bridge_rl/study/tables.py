@@ -40,8 +40,8 @@ def main_table(task: TaskCells) -> Table:
         values += [task.mean(Setting(arm, width), metric) for metric in SETS]
         rows.append([study.label(arm), rates(task, arm), str(len(task.cells[arm])), *map(cell_text, values)])
     note = "Mean over seeds and 95 % interval of Student's t over seeds (trainings; each answers the same problems)."
-    if len({len(own) for own in task.cells.values()}) > 1:
-        note += " Arms have unequal numbers of seeds here, so compare them in the next table, which is paired."
+    if len({frozenset(task.cells[arm]) for arm in arms_with_results(task)}) > 1:
+        note += " Arms have other seeds than others here, so compare them in the next table, which is paired."
     return Table("Accuracy", header, rows, note=note)
 
 
@@ -186,7 +186,7 @@ def cost_table(task: TaskCells) -> Table:
         rows.append([task.study.label(arm), *texts, "-" if length is None else number(length.value)])
     note = (
         "Means over seeds of what was timed, whatever else the machine did. Arms with a Bridge are evaluated at every "
-        "width and under every control, others once for all widths."
+        f"width{' and under every control' if task.study.controls else ''}, others once for all widths."
     )
     return Table("Cost of a cell", header, rows, note=note)
 
