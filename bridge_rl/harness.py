@@ -39,7 +39,7 @@ try:
     from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import warning_once
 except ModuleNotFoundError as error:
-    raise UserError(f"bridge-rl lm-eval needs {error.name}: pip install 'bridge-rl[lm-eval]'") from error
+    raise UserError(f"bridge-rl lm-eval needs {error.name}: pip install -e '.[lm-eval]' in the clone") from error
 
 # What HFLM takes and does not ask of a model that it has not loaded itself.
 PASSED_ON = {"add_bos_token", "chat_template_args", "max_batch_size", "max_length"}

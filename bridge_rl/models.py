@@ -126,7 +126,7 @@ def quantization_config(section: ModelSection) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantization is {section.quantization}, which needs bitsandbytes: pip install "
-            "'bridge-rl[quantized]'."
+            "-e '.[quantized]' in the clone."
         )
     if section.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -29,7 +29,7 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
 except ModuleNotFoundError as error:
-    raise UserError(f"bridge-rl serve needs {error.name}: pip install 'bridge-rl[serve]'") from error
+    raise UserError(f"bridge-rl serve needs {error.name}: pip install -e '.[serve]' in the clone") from error
 
 # Bounded also because pydantic refuses lone surrogates, which tokenizers cannot read, only in a bounded string.
 Text = Annotated[str, Field(max_length=2**24)]
