@@ -41,12 +41,12 @@ from bridge_rl.study.cells import (
     source_of,
 )
 from bridge_rl.study.command import expected_seconds
-from bridge_rl.study.compare import Setting, compare, read_task, relative_gain, verdicts
+from bridge_rl.study.compare import Setting, compare, gains, read_task, relative_gain, verdicts, vote_differences
 from bridge_rl.study.config import load_study
 from bridge_rl.study.report import write_study_report
 from bridge_rl.study.results import CellResult, Counts, Seconds, read_cell, write_cell
 from bridge_rl.study.statistics import over_seeds, over_seeds_and_problems, ratio
-from bridge_rl.study.tables import gain_table, gains, vote_differences
+from bridge_rl.study.tables import gain_table
 
 SOURCE = {"path": "bridge_rl.tiny.task:dataset", "check_answers": False}
 SMALL = [
@@ -493,7 +493,7 @@ def test_gains_are_those_of_every_arm_with_a_bridge_at_every_width(tmp_path, mon
     assert found["blocks", 4].gain.value == pytest.approx(0.75)
     assert found["blocks", 4].relative.value == pytest.approx(4.5)
     assert found["blocks", 1].relative is None  # at width 1 all arms are made up alike
-    rows = [row for row in gain_table(task).rows if row[1] == "4"]
+    rows = [row for row in gain_table(task, gains(task)).rows if row[1] == "4"]
     assert [(row[0], row[3]) for row in rows] == [("bridge", "pmatch"), ("blocks", "pmatch")]
     assert [row[6].split()[0] for row in rows] == ["2.250", "4.500"]
 

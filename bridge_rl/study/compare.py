@@ -16,6 +16,7 @@ from bridge_rl.study.results import CellResult
 from bridge_rl.study.statistics import Array, over_seeds, over_seeds_and_problems, ratio
 
 PAPERS_GAIN = 1.39  # of the paper's 7B model over its next best arm
+SETS = ("all", "any", "maj")  # beside pass@1, at the width of training
 
 
 class Setting(NamedTuple):
@@ -99,9 +100,9 @@ class TaskCells:
         left = {arm: [seed for seed in self.study.seeds if seed not in own] for arm, own in self.cells.items()}
         return {arm: seeds for arm, seeds in left.items() if seeds}
 
-    def controls(self) -> list[str]:
-        """Control arms that have results."""
-        return [arm for arm, own in self.cells.items() if self.study.arms[arm].role == "control" and own]
+    def arms(self, role: str | None = None) -> list[str]:
+        """Those that have results, of a role where one is given."""
+        return [arm for arm, own in self.cells.items() if own and role in (None, self.study.arms[arm].role)]
 
 
 def read_task(study: Study, task: str, results: Path) -> TaskCells:
@@ -171,7 +172,7 @@ def problem_values(results: dict[int, CellResult], seeds: Sequence[int], setting
 
 def next_best(task: TaskCells, width: int, seeds: Sequence[int]) -> str:
     """The control arm with the best mean pass@1 over `seeds`."""
-    values = {arm: task.values(Setting(arm, width), "pass@1") for arm in task.controls()}
+    values = {arm: task.values(Setting(arm, width), "pass@1") for arm in task.arms("control")}
     return max(values, key=lambda arm: float(np.mean([values[arm][seed] for seed in seeds])))
 
 
@@ -181,10 +182,10 @@ def relative_gain(task: TaskCells, width: int, arm: str | None = None) -> Relati
     None where there are none.
     """
     arm, base = arm or task.study.headline, task.study.base
-    arms = [arm, base, *task.controls()]
+    arms = [arm, base, *task.arms("control")]
     values = {arm: task.values(Setting(arm, width), "pass@1") for arm in arms}
     seeds = sorted(set.intersection(*(set(of_arm) for of_arm in values.values())))
-    if not seeds or not task.controls():
+    if not seeds or not task.arms("control"):
         return None
     best = next_best(task, width, seeds)
     gain, next_gain = ([values[name][seed] - values[base][seed] for seed in seeds] for name in (arm, best))
@@ -192,6 +193,70 @@ def relative_gain(task: TaskCells, width: int, arm: str | None = None) -> Relati
     difference = over_seeds([one - other for one, other in zip(gain, next_gain, strict=True)])
     relative = ratio(gain, next_gain) if theirs.value > 0 else None
     return RelativeGain(arm, width, best, seeds, ours, theirs, difference, relative)
+
+
+# -- all of a task ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Of one task, each made once, for tables and numbers. Empty where there are no results.
+
+    differences: the headline arm minus each other one, at the width of training. gains: of every arm with a Bridge at
+    every width. votes: such an arm at widths above 1 against the vote of each control, as pass@1 and as its own vote.
+    siblings: such an arm with its own siblings minus the same with shuffled ones, disabled, and alone. bars: see
+    `verdicts`.
+    """
+
+    differences: list[Difference]
+    gains: list[RelativeGain]
+    votes: list[tuple[Difference, Difference]]
+    siblings: list[Difference]
+    bars: list[str]
+
+
+def all_comparisons(task: TaskCells) -> Comparisons:
+    if not task.arms():
+        return Comparisons([], [], [], [], [])
+    return Comparisons(
+        differences(task), gains(task), vote_differences(task), sibling_differences(task), verdicts(task)
+    )
+
+
+def differences(task: TaskCells) -> list[Difference]:
+    headline = Setting(task.study.headline, task.width)
+    others = [Setting(arm, task.width) for arm in task.arms() if arm != headline.arm]
+    found = [compare(task, headline, other, metric) for other in others for metric in ("pass@1", *SETS)]
+    return [difference for difference in found if difference is not None]
+
+
+def gains(task: TaskCells) -> list[RelativeGain]:
+    found = [relative_gain(task, width, arm) for arm in task.arms("bridge") for width in task.study.widths]
+    return [gain for gain in found if gain is not None]
+
+
+def vote_differences(task: TaskCells) -> list[tuple[Difference, Difference]]:
+    found = []
+    for ours in grouped_settings(task):
+        for control in task.arms("control"):
+            theirs = Setting(control, ours.width)
+            row, vote = compare(task, ours, theirs, second_metric="maj"), compare(task, ours, theirs, "maj")
+            if row is not None and vote is not None:
+                found.append((row, vote))
+    return found
+
+
+def sibling_differences(task: TaskCells) -> list[Difference]:
+    found = []
+    for own in grouped_settings(task):
+        others = own._replace(condition="shuffled"), own._replace(condition="disabled"), own._replace(width=1)
+        found += [compare(task, own, other) for other in others]
+    return [difference for difference in found if difference is not None]
+
+
+def grouped_settings(task: TaskCells) -> list[Setting]:
+    """Every arm with a Bridge at every width at which a row has siblings."""
+    return [Setting(arm, width) for arm in task.arms("bridge") for width in task.study.widths if width > 1]
 
 
 # -- the bars ---------------------------------------------------------------------------------------------------------

@@ -24,24 +24,18 @@ from bridge_rl.report.drawing import (
 from bridge_rl.report.labels import METRICS
 from bridge_rl.report.tables import as_markdown
 from bridge_rl.study.cells import rate_name
-from bridge_rl.study.compare import Setting, TaskCells, read_task, verdicts
+from bridge_rl.study.compare import SETS, Comparisons, Setting, TaskCells, all_comparisons, read_task
 from bridge_rl.study.config import Study
 from bridge_rl.study.results import CellResult
 from bridge_rl.study.statistics import over_seeds
 from bridge_rl.study.tables import (
-    SETS,
-    arms_with_results,
     cost_table,
     difference_table,
-    differences,
     gain_table,
-    gains,
     main_table,
     rates,
     search_tables,
-    sibling_differences,
     sibling_table,
-    vote_differences,
     vote_table,
 )
 
@@ -50,9 +44,10 @@ def write_study_report(study: Study, results: Path, directory: Path) -> list[Pat
     """Returns what was written: `table.md`, `report.json`, and `widths_TASK.png` of tasks that have results."""
     directory.mkdir(parents=True, exist_ok=True)
     tasks = [read_task(study, name, results) for name in study.tasks]
-    begun = [task for task in tasks if any(task.cells.values())]
-    parts = [header(study, tasks), *(section(task) for task in tasks)]
-    content = {"study": asdict(study), "tasks": {task.task: numbers(task) for task in tasks}}
+    begun = [task for task in tasks if task.arms()]
+    compared = {task.task: all_comparisons(task) for task in tasks}
+    parts = [header(study, tasks), *(section(task, compared[task.task]) for task in tasks)]
+    content = {"study": asdict(study), "tasks": {task.task: numbers(task, compared[task.task]) for task in tasks}}
     (directory / "table.md").write_text("\n".join(parts), encoding="utf-8")
     (directory / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     figures = [directory / f"widths_{task.task}.png" for task in begun]
@@ -108,14 +103,21 @@ def missing_line(task: TaskCells) -> str:
     return f"- **Incomplete**: of {task.task} these seeds are not there yet: {'; '.join(arms)}."
 
 
-def section(task: TaskCells) -> str:
+def section(task: TaskCells, found: Comparisons) -> str:
     """The bars and every table of one task."""
-    if not any(task.cells.values()):
+    if not task.arms():
         return "\n".join([f"## {task.task}", "", "No cell is done yet.", "", *map(as_markdown, search_tables(task))])
-    compared = [difference_table(task), gain_table(task), vote_table(task), sibling_table(task)]
-    tables = [main_table(task), *compared, cost_table(task), *search_tables(task)]
+    tables = [
+        main_table(task),
+        difference_table(task, found.differences),
+        gain_table(task, found.gains),
+        vote_table(task, found.votes),
+        sibling_table(task, found.siblings),
+        cost_table(task),
+        *search_tables(task),
+    ]
     tables = [table for table in tables if table.rows]
-    bars = "".join(f"- {sentence}\n" for sentence in verdicts(task))
+    bars = "".join(f"- {sentence}\n" for sentence in found.bars)
     figure = f"![accuracy over width, with intervals over seeds](widths_{task.task}.png)"
     return "\n".join([f"## {task.task}", "", bars, figure, "", *map(as_markdown, tables)])
 
@@ -123,17 +125,16 @@ def section(task: TaskCells) -> str:
 # -- the same as numbers ----------------------------------------------------------------------------------------------
 
 
-def numbers(task: TaskCells) -> dict[str, Any]:
+def numbers(task: TaskCells, found: Comparisons) -> dict[str, Any]:
     """Everything that the tables show, and the values of each seed."""
-    begun = any(task.cells.values())
     return {
         "missing": task.missing(),
-        "bars": verdicts(task) if begun else [],
-        "arms": {arm: arm_numbers(task, arm) for arm in arms_with_results(task)},
-        "differences": [asdict(found) for found in differences(task) if found is not None] if begun else [],
-        "siblings": [asdict(found) for found in sibling_differences(task)] if begun else [],
-        "gains": [asdict(found) for found in gains(task)],
-        "votes": [asdict(found) for pair in vote_differences(task) for found in pair],
+        "bars": found.bars,
+        "arms": {arm: arm_numbers(task, arm) for arm in task.arms()},
+        "differences": [asdict(difference) for difference in found.differences],
+        "siblings": [asdict(difference) for difference in found.siblings],
+        "gains": [asdict(gain) for gain in found.gains],
+        "votes": [asdict(difference) for pair in found.votes for difference in pair],
         "search": {
             arm: {rate_name(rate): asdict(result.metric("pass@1")) for rate, result in tried.items()}
             for arm, tried in task.search.items()
@@ -162,7 +163,7 @@ def widths_figure(task: TaskCells) -> Figure:
     """One panel a metric, one line an arm over the width sampled; bands are 95 % intervals over seeds."""
     study = task.study
     figure, axes = panels(len(METRICS))
-    arms = arms_with_results(task)
+    arms = task.arms()
     for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
         for place, arm in enumerate(arms):
             found = {width: task.mean(Setting(arm, width), metric) for width in study.widths}

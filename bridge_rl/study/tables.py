@@ -1,6 +1,6 @@
 """The tables of a study's report, each of one task."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -9,20 +9,14 @@ from bridge_rl.report.labels import METRICS, estimate, number, shorter
 from bridge_rl.report.tables import Table
 from bridge_rl.study.cells import rate_name
 from bridge_rl.study.compare import (
+    SETS,
     Difference,
     RelativeGain,
     Setting,
     TaskCells,
-    compare,
     relative_gain,
     relative_text,
 )
-
-SETS = ("all", "any", "maj")  # beside pass@1, at the width of training
-
-
-def arms_with_results(task: TaskCells) -> list[str]:
-    return [arm for arm, own in task.cells.items() if own]
 
 
 def cell_text(value: Estimate | None) -> str:
@@ -35,25 +29,21 @@ def main_table(task: TaskCells) -> Table:
     header = ["arm", "learning rate", "seeds", *(f"pass@1, w = {w}" for w in study.widths)]
     header += [f"all {width} of {width} right", f"any of {width} right (coverage)", f"vote of {width}"]
     rows = []
-    for arm in arms_with_results(task):
+    for arm in task.arms():
         values = [task.mean(Setting(arm, w), "pass@1") for w in study.widths]
         values += [task.mean(Setting(arm, width), metric) for metric in SETS]
         rows.append([study.label(arm), rates(task, arm), str(len(task.cells[arm])), *map(cell_text, values)])
     note = "Mean over seeds and 95 % interval of Student's t over seeds (trainings; each answers the same problems)."
-    if len({frozenset(task.cells[arm]) for arm in arms_with_results(task)}) > 1:
+    if len({frozenset(task.cells[arm]) for arm in task.arms()}) > 1:
         note += " Arms have other seeds than others here, so compare them in the next table, which is paired."
     return Table("Accuracy", header, rows, note=note)
 
 
-def difference_table(task: TaskCells) -> Table:
+def difference_table(task: TaskCells, differences: Sequence[Difference]) -> Table:
     """The headline arm minus each other one at the width of training."""
     study, width = task.study, task.width
     header = ["minus", "metric", "difference", "over seeds and problems", "seeds"]
-    rows = [
-        [study.label(found.second.arm), METRICS[found.metric], *difference_texts(found)]
-        for found in differences(task)
-        if found is not None
-    ]
+    rows = [[study.label(found.second.arm), METRICS[found.metric], *difference_texts(found)] for found in differences]
     gain = relative_gain(task, width) if task.cells[study.headline] else None
     note = (
         "Paired by seed, on the seeds that both have; the interval that counts is that over seeds (Student's t). The "
@@ -69,7 +59,7 @@ def difference_table(task: TaskCells) -> Table:
     return Table(f"{study.label(study.headline)} minus each arm at width {width}", header, rows, 2, note)
 
 
-def gain_table(task: TaskCells) -> Table:
+def gain_table(task: TaskCells, gains: Sequence[RelativeGain]) -> Table:
     """Of every arm with a Bridge at every width."""
     study = task.study
     header = ["arm", "width", "gain over the base", "next best arm", "its gain", "difference", "relative gain", "seeds"]
@@ -84,7 +74,7 @@ def gain_table(task: TaskCells) -> Table:
             "-" if found.relative is None else shorter(found.relative),
             str(len(found.seeds)),
         ]
-        for found in gains(task)
+        for found in gains
     ]
     note = (
         f"The bar is asked of {study.label(study.headline)} at width {task.width} alone; the other rows were not "
@@ -93,12 +83,7 @@ def gain_table(task: TaskCells) -> Table:
     return Table("Gains over the base (pass@1)", header, rows, 4, note)
 
 
-def gains(task: TaskCells) -> list[RelativeGain]:
-    found = [relative_gain(task, width, arm) for arm in bridge_arms(task) for width in task.study.widths]
-    return [gain for gain in found if gain is not None]
-
-
-def vote_table(task: TaskCells) -> Table:
+def vote_table(task: TaskCells, votes: Sequence[tuple[Difference, Difference]]) -> Table:
     """What the tokens of a group give: one row of it, or a vote of its rows."""
     study = task.study
     header = ["arm", "width", "minus the vote of", "a row of the group", "a vote of the group", "seeds"]
@@ -111,28 +96,10 @@ def vote_table(task: TaskCells) -> Table:
             shorter(vote.over_seeds),
             str(len(row.seeds)),
         ]
-        for row, vote in vote_differences(task)
+        for row, vote in votes
     ]
     note = "Both sides spend the tokens of as many completions; rows of the controls do not hear each other."
     return Table("Against a vote of as many rows", header, rows, 3, note)
-
-
-def vote_differences(task: TaskCells) -> list[tuple[Difference, Difference]]:
-    """Of every arm with a Bridge, at widths above 1, against the vote of each control: pass@1, and its own vote."""
-    found = []
-    for arm in bridge_arms(task):
-        for width in [width for width in task.study.widths if width > 1]:
-            for control in task.controls():
-                ours, theirs = Setting(arm, width), Setting(control, width)
-                row = compare(task, ours, theirs, second_metric="maj")
-                vote = compare(task, ours, theirs, "maj")
-                if row is not None and vote is not None:
-                    found.append((row, vote))
-    return found
-
-
-def bridge_arms(task: TaskCells) -> list[str]:
-    return [arm for arm in arms_with_results(task) if task.study.arms[arm].role == "bridge"]
 
 
 def rates(task: TaskCells, arm: str) -> str:
@@ -141,34 +108,16 @@ def rates(task: TaskCells, arm: str) -> str:
     return ", ".join(rate_name(rate) for rate in sorted(rate for rate in found if rate is not None)) or "-"
 
 
-def differences(task: TaskCells) -> list[Difference | None]:
-    headline, width = task.study.headline, task.width
-    others = [arm for arm in arms_with_results(task) if arm != headline]
-    pairs = [(arm, metric) for arm in others for metric in ("pass@1", *SETS)]
-    return [compare(task, Setting(headline, width), Setting(arm, width), metric) for arm, metric in pairs]
-
-
 def difference_texts(found: Difference) -> list[str]:
     return [cell_text(found.over_seeds), cell_text(found.over_both), str(len(found.seeds))]
 
 
-def sibling_differences(task: TaskCells) -> list[Difference]:
-    """Of every arm with a Bridge, at each width above 1: against shuffled siblings, disabled, and alone."""
-    found = []
-    for arm in bridge_arms(task):
-        for width in [width for width in task.study.widths if width > 1]:
-            own = Setting(arm, width)
-            others = (Setting(arm, width, "shuffled"), Setting(arm, width, "disabled"), Setting(arm, 1))
-            found += [compare(task, own, other) for other in others]
-    return [difference for difference in found if difference is not None]
-
-
-def sibling_table(task: TaskCells) -> Table:
+def sibling_table(task: TaskCells, siblings: Sequence[Difference]) -> Table:
     words = {"shuffled": "shuffled siblings", "disabled": "Bridge disabled", "model": "width 1"}
     header = ["arm", "width", "minus", "difference", "over seeds and problems", "seeds"]
     rows = [
         [task.study.label(d.first.arm), str(d.first.width), words[d.second.condition], *difference_texts(d)]
-        for d in sibling_differences(task)
+        for d in siblings
     ]
     return Table("The same checkpoint with its own siblings, minus without them (pass@1)", header, rows, 3)
 
@@ -176,7 +125,7 @@ def sibling_table(task: TaskCells) -> Table:
 def cost_table(task: TaskCells) -> Table:
     header = ["arm", "step, s", "warm-up, s", "training, min", "evaluation, min", "tokens a completion"]
     rows = []
-    for arm in arms_with_results(task):
+    for arm in task.arms():
         own = list(task.cells[arm].values())
         seconds = [mean_of(result.seconds.step for result in own), mean_of(result.seconds.warm_up for result in own)]
         minutes = [mean_of(result.seconds.training for result in own), mean_of(r.seconds.evaluation for r in own)]
