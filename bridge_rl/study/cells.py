@@ -73,11 +73,9 @@ def search_cells(study: Study) -> list[Cell]:
 
 def seed_cells(study: Study, results: Path) -> list[Cell]:
     """Seed by seed, so that arms can be compared before all is done."""
+    rates = {(task, arm): chosen_rate(study, task, arm, results) for task in study.tasks for arm in study.arms}
     return [
-        Cell(task, arm, seed, chosen_rate(study, task, arm, results))
-        for task in study.tasks
-        for seed in study.seeds
-        for arm in study.arms
+        Cell(task, arm, seed, rates[task, arm]) for task in study.tasks for seed in study.seeds for arm in study.arms
     ]
 
 
@@ -218,7 +216,10 @@ def check_same(path: Path, study: Study, cell: Cell, result: CellResult, recipe:
     of_recipe = base_difference(result.recipe, recipe) if base else difference(result.recipe, recipe)
     key = of_recipe or evaluation_difference(study, cell, result, recipe)
     if key is not None:
-        raise UserError(f"{path} was made with another {key} than the study says now: delete it to make it again.")
+        raise UserError(
+            f"{path} was made with another {key} than the study says now: delete it to make it again, or name another "
+            "directory of results in the study."
+        )
 
 
 def evaluation_difference(study: Study, cell: Cell, result: CellResult, recipe: Recipe) -> str | None:
