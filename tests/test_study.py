@@ -30,6 +30,7 @@ from bridge_rl.study.cells import (
     Cell,
     chosen_rate,
     difference,
+    differing,
     find_result,
     is_trained,
     overrides_of,
@@ -180,6 +181,16 @@ def test_the_study_of_questions_goes_on_from_the_small_one(tmp_path):
     for arm in questions.arms.keys() - small.arms.keys():  # each is Bridge, changed in one thing
         changed, ours = (recipe_of(questions, Cell("two_tries", name, 0, 1e-4), tmp_path) for name in (arm, "bridge"))
         assert difference(changed, ours) is not None
+
+
+def test_the_study_for_a_gpu_is_the_small_one_with_another_model_and_bridge(tmp_path):
+    gpu, small = load_study(Path("studies/gpu/study.yaml")), load_study(Path("studies/small/study.yaml"))
+    for arm in gpu.arms.keys() - {"base"}:
+        cell = Cell("two_tries", arm, 0, 2e-5)
+        other = differing(recipe_of(gpu, cell, tmp_path), recipe_of(small, cell, tmp_path))
+        shape = [] if arm == "rlvr_only" else ["bridge.head_dim"]
+        assert other == [*shape, "model.path"]
+        assert source_of(gpu, cell) == source_of(small, cell)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
-from bridge_rl.tiny import equations, products, word_problems
+from bridge_rl.tiny import equations, make_base, products, word_problems
 from bridge_rl.tiny.make_base import TASKS, make_tokenizer
 from bridge_rl.tiny.task import Problem, dataset, demonstrate, is_correct, make_problems
 
@@ -242,3 +242,22 @@ def test_a_shipped_base_solves_a_part_of_its_problems(path, task):
         for tokens in group.tokens
     ]
     assert 0.2 <= sum(right) / len(right) <= 0.5  # room for training to show in
+
+
+@pytest.mark.parametrize("task", ["two_tries", "word_problems"])  # of one length, and padded
+def test_a_base_of_any_size_is_trained_until_it_is_as_good_as_asked_for(task, tmp_path, monkeypatch, capsys):
+    sizes = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--batch-size", "8"]
+    steps = ["--max-steps", "40", "--check-every", "20"]
+    monkeypatch.setattr(make_base, "pass_at_1", lambda *args: 0.3)
+    monkeypatch.setattr("sys.argv", ["make_base", task, "--output", str(tmp_path), "--stop-at", "0.3", *sizes, *steps])
+    make_base.main()
+    assert "step 20 " in capsys.readouterr().out
+    config = load_model(ModelSection(str(tmp_path))).config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 2)
+
+
+def test_a_base_is_measured_over_prompts_of_unequal_lengths():
+    task = TASKS["word_problems"]
+    section = ModelSection("package://bridge_rl/tiny/word_problems_model")
+    found = make_base.pass_at_1(task, load_model(section), load_tokenizer(section), 64)
+    assert 0.2 <= found <= 0.6

@@ -1,7 +1,7 @@
 """Make a base of the embedded tasks again: `python -m bridge_rl.tiny.make_base two_tries --output DIR --stop-at 0.245`.
 
-Supervised training from scratch on the task's demonstrations, 5 to 40 minutes on a CPU. It stops as soon as
-pass@1 at temperature 1 on held-out problems reaches `--stop-at`.
+Supervised training from scratch on the task's demonstrations, on a GPU if there is one; on a CPU 5 to 40 minutes. It
+stops as soon as pass@1 at temperature 1 on held-out problems reaches `--stop-at`.
 """
 
 import argparse
@@ -108,14 +108,14 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 4 layers, with 0.66 M parameters and its embeddings."""
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and MLPs twice as wide as it is."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -160,8 +160,8 @@ def pass_at_1(task: Task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenize
     inputs = padded([prompt_ids(tokenizer, problem.text) for problem in chosen], tokenizer.pad_token_id, side="left")
     torch.manual_seed(0)
     output = model.generate(
-        inputs,
-        attention_mask=(inputs != tokenizer.pad_token_id).long(),
+        inputs.to(model.device),
+        attention_mask=(inputs != tokenizer.pad_token_id).long().to(model.device),
         do_sample=True,
         top_k=0,
         max_new_tokens=task.max_new_tokens,
@@ -179,19 +179,23 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=12000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     task = TASKS[args.task]
     tokenizer = make_tokenizer(task)
-    model = make_model(tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(tokenizer, args.hidden_size, args.layers, args.heads).to(device)
     print(f"{model.num_parameters():,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=200)
     start = time.perf_counter()
     for step, (input_ids, labels) in enumerate(batches(task, tokenizer, args.batch_size), start=1):
-        loss = model(input_ids=input_ids, labels=labels).loss
+        loss = model(input_ids=input_ids.to(device), labels=labels.to(device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
