@@ -6,16 +6,18 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bridge_rl.config import DataSection, DataSource
+from bridge_rl.config import DataSection, DataSource, load_recipe
 from bridge_rl.data import hub_commit, make_prompts
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import COLLECTIONS, SUITES, Suite, expand, load_suite
 from bridge_rl.models import load_final_answer, load_reward
+from bridge_rl.study.config import load_study
 
 HUB = {name: suite for name, suite in SUITES.items() if "/" in suite.source.path}
 # One row of each hub set as its card shows it, and what becomes of it.
@@ -198,10 +200,15 @@ def test_unknown_names_are_refused_with_the_nearest(text, sentence):
 # -- packages ---------------------------------------------------------------------------------------------------------
 
 
-def test_tiny_is_the_embedded_task():
-    rows = load_suite(SUITES["tiny"], "--suite", 0)
-    assert len(rows) == 512
-    assert SUITES["tiny"].max_new_tokens == 32
+@pytest.mark.parametrize("task", ["two_tries", "products", "word_problems"])
+def test_an_embedded_suite_has_the_test_problems_of_the_small_study_and_its_recipes_reward(task):
+    study = load_study(Path("studies/small/study.yaml"))
+    suite = SUITES["tiny" if task == "two_tries" else f"tiny_{task}"]
+    recipe = load_recipe(study.tasks[task].recipe)
+    assert suite.source == study.tasks[task].test
+    assert (suite.reward, suite.prompt) == (recipe.rewards[0], recipe.data.prompt)
+    assert suite.max_new_tokens == recipe.rollout.max_new_tokens
+    assert len(load_suite(suite, "--suite", 0)) == suite.problems
 
 
 def test_champ_has_79_integers_and_9_other_numbers():

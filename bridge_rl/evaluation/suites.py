@@ -149,6 +149,27 @@ _SUITES = (
         prompt="{problem}",
         max_new_tokens=32,
     ),
+    *(
+        Suite(
+            f"tiny_{task}",
+            DataSource(
+                f"bridge_rl.tiny.{task}:dataset",
+                kwargs={"seed": 11, "size": 512, "split": "test", "distinct": True},
+                check_answers=False,
+            ),
+            answers="a number",
+            licence="Apache-2.0",
+            note=note,
+            problems=512,
+            reward=RewardSection("rewards/last_number.py:correct"),
+            prompt="{problem}",
+            max_new_tokens=max_new_tokens,
+        )
+        for task, note, max_new_tokens in (
+            ("products", "of three numbers; ships with the package", 32),
+            ("word_problems", "templates of GSM-Symbolic; needs reasoning-gym", 80),
+        )
+    ),
 )
 SUITES = {suite.name: suite for suite in _SUITES}
 COLLECTIONS = {"math": ("math500", "aime24", "aime25", "amc23", "brumo25", "cmimc25", "hmmt_feb25")}
