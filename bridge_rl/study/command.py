@@ -95,7 +95,8 @@ def check_names(plan: Plan) -> None:
 
 def check_problems(plan: Plan) -> None:
     """Raise UserError for problems that cannot be read, or are too few, before anything is trained for them."""
-    for cell in {(cell.task, cell.search): cell for cell in [*plan.search(), *plan.test()]}.values():
+    left = [cell for cell in [*plan.search(), *plan.test()] if not plan.done(cell)]
+    for cell in {(cell.task, cell.search): cell for cell in left}.values():
         source, width = source_of(plan.study, cell), max(plan.study.widths)
         key = f"{plan.path}: tasks.{cell.task}.{'validation' if cell.search else 'test'}"
         problems = load_problems(source, key, cell.seed)
