@@ -249,5 +249,5 @@ def test_limits_below_one_are_refused(model, tokenizer):
 def test_a_missing_package_names_the_extra(monkeypatch, package):
     monkeypatch.delitem(sys.modules, "bridge_rl.serve")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"needs {package}: pip install 'bridge-rl\[serve\]'"):
+    with pytest.raises(UserError, match=rf"needs {package}: pip install -e '.\[serve\]'"):
         importlib.import_module("bridge_rl.serve")
