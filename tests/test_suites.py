@@ -200,6 +200,12 @@ def test_unknown_names_are_refused_with_the_nearest(text, sentence):
 # -- packages ---------------------------------------------------------------------------------------------------------
 
 
+def test_tiny_is_the_embedded_task():
+    rows = load_suite(SUITES["tiny"], "--suite", 0)
+    assert len(rows) == 512
+    assert SUITES["tiny"].max_new_tokens == 32
+
+
 @pytest.mark.parametrize("task", ["two_tries", "products", "word_problems"])
 def test_an_embedded_suite_has_the_test_problems_of_the_small_study_and_its_recipes_reward(task):
     study = load_study(Path("studies/small/study.yaml"))

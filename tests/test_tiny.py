@@ -228,8 +228,10 @@ def test_a_shipped_tokenizer_is_the_one_that_make_base_makes_and_knows_its_task(
         assert len(tokens[0]) + TASKS[task].max_new_tokens <= shipped.model_max_length
 
 
-@pytest.mark.parametrize(("path", "task"), BASES)
-def test_a_shipped_base_solves_a_part_of_its_problems(path, task):
+@pytest.mark.parametrize(
+    ("path", "task", "most"), [(*base, most) for base, most in zip(BASES, (0.4, 0.4, 0.5), strict=True)]
+)
+def test_a_shipped_base_solves_a_part_of_its_problems(path, task, most):
     section = ModelSection(f"package://bridge_rl/tiny/{path}")
     model, tokenizer = load_model(section), load_tokenizer(section)
     problems = list(islice(TASKS[task].make_held_out(99), 128))
@@ -241,7 +243,7 @@ def test_a_shipped_base_solves_a_part_of_its_problems(path, task):
         for problem, group in zip(problems, groups, strict=True)
         for tokens in group.tokens
     ]
-    assert 0.2 <= sum(right) / len(right) <= 0.5  # room for training to show in
+    assert 0.2 <= sum(right) / len(right) <= most  # room for training to show in
 
 
 @pytest.mark.parametrize("task", ["two_tries", "word_problems"])  # of one length, and padded

@@ -273,7 +273,7 @@ def verdicts(task: TaskCells) -> list[str]:
 def incomplete(task: TaskCells, there: int) -> str:
     """What a bar with so many seeds lacks, as a sentence; empty where all is there that it needs."""
     study = task.study
-    absent = [study.label(arm) for arm in task.missing() if study.arms[arm].role == "control" and not task.cells[arm]]
+    absent = [study.label(arm) for arm, own in task.cells.items() if study.arms[arm].role == "control" and not own]
     if there == len(study.seeds) and not absent:
         return ""
     return f" Incomplete: {there} of {len(study.seeds)} seeds{''.join(f', none of {label}' for label in absent)}."

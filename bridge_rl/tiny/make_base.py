@@ -41,8 +41,8 @@ class Task:
     make_held_out: Callable[[int], Iterator[Any]]
     demonstrate: Callable[[Any, random.Random], str]
     is_correct: Callable[[Any, str], bool]
-    max_length: int
-    max_new_tokens: int
+    max_length: int = 128
+    max_new_tokens: int = 26
 
 
 def word_problem_vocabulary() -> list[str]:
@@ -59,8 +59,6 @@ TASKS = {
         make_held_out=two_tries.make_problems,
         demonstrate=two_tries.demonstrate,
         is_correct=lambda problem, completion: two_tries.is_correct(problem.text, completion),
-        max_length=128,
-        max_new_tokens=26,
     ),
     "products": Task(
         vocabulary=lambda: products.CHARACTERS,
@@ -68,8 +66,6 @@ TASKS = {
         make_held_out=partial(products.make_problems, split="validation"),
         demonstrate=products.demonstrate,
         is_correct=lambda problem, completion: equations.is_correct(str(problem.product), completion),
-        max_length=128,
-        max_new_tokens=26,
     ),
     "word_problems": Task(
         vocabulary=word_problem_vocabulary,
