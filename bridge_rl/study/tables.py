@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from bridge_rl.evaluation.results import Estimate
 from bridge_rl.report.labels import METRICS, estimate, number, shorter
 from bridge_rl.report.tables import Table
@@ -127,22 +125,22 @@ def cost_table(task: TaskCells) -> Table:
     rows = []
     for arm in task.arms():
         own = list(task.cells[arm].values())
-        seconds = [mean_of(result.seconds.step for result in own), mean_of(result.seconds.warm_up for result in own)]
-        minutes = [mean_of(result.seconds.training for result in own), mean_of(r.seconds.evaluation for r in own)]
+        seconds = [least(r.seconds.step for r in own), least(r.seconds.warm_up for r in own)]
+        minutes = [least(r.seconds.training for r in own), least(r.seconds.evaluation for r in own)]
         length = task.mean(Setting(arm, task.width), "length")
         times = [*seconds, *(None if value is None else value / 60 for value in minutes)]
         texts = ["-" if value is None else number(value) for value in times]
         rows.append([task.study.label(arm), *texts, "-" if length is None else number(length.value)])
     note = (
-        "Means over seeds of what was timed, whatever else the machine did. Arms with a Bridge are evaluated at every "
-        f"width{' and under every control' if task.study.controls else ''}, others once for all widths."
+        "Each of the seed that took least of what was timed, since other work on the machine only adds. Arms with a "
+        f"Bridge are evaluated at every width{' and under every control' if task.study.controls else ''}, others once "
+        "for all widths."
     )
     return Table("Cost of a cell", header, rows, note=note)
 
 
-def mean_of(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 def search_tables(task: TaskCells) -> list[Table]:
