@@ -159,7 +159,12 @@ def test_a_study_must_be_sampled_at_the_width_of_training(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("task", "recipe"),
-    [("two_tries", "tiny_arith"), ("products", "tiny_products"), ("word_problems", "tiny_word_problems")],
+    [
+        ("two_tries", "tiny_arith"),
+        ("products", "tiny_products"),
+        ("checked_products", "tiny_checked_products"),
+        ("word_problems", "tiny_word_problems"),
+    ],
 )
 def test_arms_of_the_small_study_are_the_recipes_that_are_shipped(tmp_path, task, recipe):
     study = load_study(Path("studies/small/study.yaml"))

@@ -206,7 +206,7 @@ def test_tiny_is_the_embedded_task():
     assert SUITES["tiny"].max_new_tokens == 32
 
 
-@pytest.mark.parametrize("task", ["two_tries", "products", "word_problems"])
+@pytest.mark.parametrize("task", ["two_tries", "products", "checked_products", "word_problems"])
 def test_an_embedded_suite_has_the_test_problems_of_the_small_study_and_its_recipes_reward(task):
     study = load_study(Path("studies/small/study.yaml"))
     suite = SUITES["tiny" if task == "two_tries" else f"tiny_{task}"]

@@ -13,7 +13,7 @@ from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
-from bridge_rl.tiny import equations, make_base, products, word_problems
+from bridge_rl.tiny import checked_products, equations, make_base, products, word_problems
 from bridge_rl.tiny.make_base import TASKS, make_tokenizer
 from bridge_rl.tiny.task import Problem, dataset, demonstrate, is_correct, make_problems
 
@@ -134,6 +134,50 @@ def test_demonstrated_products_are_right_and_stand_at_fixed_columns():
     assert len(orders) >= 6
 
 
+def test_a_check_casts_out_nines():
+    assert checked_products.check("19*07=133;133*12=01596") == "%17733%01663:"
+    assert checked_products.check("19*07=133;133*12=01597") == "%17733%01664;"
+    assert checked_products.check("09*29=261;261*02=00522") == "%02020%00570:"
+    assert checked_products.check("19*07=133;133*12=01569") == "%17733%01633:"  # not every error is found
+
+
+def test_demonstrated_checks_mark_every_error_and_the_answer_is_right():
+    rng, problems = random.Random(0), checked_products.make_problems(3)
+    wrong = 0
+    for _ in range(400):
+        problem = next(problems)
+        text = checked_products.demonstrate(problem, rng)
+        assert len(text) == 41
+        assert equations.is_correct(str(problem.product), text)
+        steps, mark = text[:22], text[34]
+        spoilt = int(steps[17:]) != problem.product
+        assert mark == (";" if spoilt else ":")
+        assert text[22:35] == checked_products.check(steps)
+        assert equations.is_correct(str(problem.product), steps) is not spoilt
+        learned = checked_products.is_learned(problem, text)
+        assert [column for column, learn in enumerate(learned) if not learn] == (list(range(17, 22)) if spoilt else [])
+        wrong += spoilt
+    assert 150 < wrong < 250
+
+
+def test_a_base_has_labels_for_its_solutions_but_not_for_what_they_have_wrong():
+    task = TASKS["checked_products"]
+    tokenizer = make_tokenizer(task)
+    input_ids, labels = next(make_base.batches(task, tokenizer, 64))
+    lengths = set()
+    for ids, row_labels in zip(input_ids.tolist(), labels.tolist(), strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        prompt, solution = text[:8], text[9:]
+        product = checked_products.Problem.parse(prompt).product
+        end = ids.index(tokenizer.eos_token_id)
+        learned = [place for place, label in enumerate(row_labels) if label != -100]
+        assert [row_labels[place] for place in learned] == [ids[place] for place in learned]
+        spoilt = set() if int(solution[17:22]) == product else {10 + place for place in range(17, 22)}
+        assert set(learned) == set(range(10, end + 1)) - spoilt
+        lengths.add(len(learned))
+    assert lengths == {42, 37}
+
+
 @pytest.mark.parametrize("number", word_problems.TEMPLATES)
 def test_a_word_problem_asks_for_what_reasoning_gym_says_is_its_answer(number, monkeypatch):
     made = []
@@ -204,7 +248,12 @@ def test_word_problems_are_repeatable_and_need_reasoning_gym(monkeypatch):
         word_problems.dataset(7, 5)
 
 
-BASES = [("model", "two_tries"), ("products_model", "products"), ("word_problems_model", "word_problems")]
+BASES = [
+    ("model", "two_tries"),
+    ("products_model", "products"),
+    ("word_problems_model", "word_problems"),
+    ("checked_products_model", "checked_products"),
+]
 
 
 @pytest.mark.parametrize(("path", "task"), BASES)
@@ -229,7 +278,7 @@ def test_a_shipped_tokenizer_is_the_one_that_make_base_makes_and_knows_its_task(
 
 
 @pytest.mark.parametrize(
-    ("path", "task", "most"), [(*base, most) for base, most in zip(BASES, (0.4, 0.4, 0.5), strict=True)]
+    ("path", "task", "most"), [(*base, most) for base, most in zip(BASES, (0.4, 0.4, 0.5, 0.4), strict=True)]
 )
 def test_a_shipped_base_solves_a_part_of_its_problems(path, task, most):
     section = ModelSection(f"package://bridge_rl/tiny/{path}")
@@ -246,7 +295,7 @@ def test_a_shipped_base_solves_a_part_of_its_problems(path, task, most):
     assert 0.2 <= sum(right) / len(right) <= most  # room for training to show in
 
 
-@pytest.mark.parametrize("task", ["two_tries", "word_problems"])  # of one length, and padded
+@pytest.mark.parametrize("task", ["two_tries", "word_problems", "checked_products"])  # of one length, padded, spoilt
 def test_a_base_of_any_size_is_trained_until_it_is_as_good_as_asked_for(task, tmp_path, monkeypatch, capsys):
     sizes = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--batch-size", "8"]
     steps = ["--max-steps", "40", "--check-every", "20"]

@@ -167,6 +167,7 @@ _SUITES = (
         )
         for task, note, max_new_tokens in (
             ("products", "of three numbers; ships with the package", 32),
+            ("checked_products", "of three numbers, with remainders; ships with the package", 44),
             ("word_problems", "templates of GSM-Symbolic; needs reasoning-gym", 80),
         )
     ),

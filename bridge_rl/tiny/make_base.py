@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bridge_rl.tiny import equations, products, word_problems
+from bridge_rl.tiny import checked_products, equations, products, word_problems
 from bridge_rl.tiny import task as two_tries
 
 # What is one token: a word, or another character. A number is as many tokens as it has digits.
@@ -33,7 +33,8 @@ TRAIN_SEED, EVAL_SEED = 1, 2
 class Task:
     """What a base is trained on. make_problems, make_held_out: seed -> endless problems, with their `text`.
 
-    vocabulary: every token of problems and solutions. max_length: the model's, in tokens.
+    vocabulary: every token of problems and solutions. max_length: the model's, in tokens. is_learned: of each token of
+    a demonstration; None: all are.
     """
 
     vocabulary: Callable[[], Sequence[str]]
@@ -43,6 +44,7 @@ class Task:
     is_correct: Callable[[Any, str], bool]
     max_length: int = 128
     max_new_tokens: int = 26
+    is_learned: Callable[[Any, str], list[bool]] | None = None
 
 
 def word_problem_vocabulary() -> list[str]:
@@ -66,6 +68,15 @@ TASKS = {
         make_held_out=partial(products.make_problems, split="validation"),
         demonstrate=products.demonstrate,
         is_correct=lambda problem, completion: equations.is_correct(str(problem.product), completion),
+    ),
+    "checked_products": Task(
+        vocabulary=lambda: checked_products.CHARACTERS,
+        make_problems=products.make_problems,
+        make_held_out=partial(products.make_problems, split="validation"),
+        demonstrate=checked_products.demonstrate,
+        is_correct=lambda problem, completion: equations.is_correct(str(problem.product), completion),
+        max_new_tokens=44,
+        is_learned=checked_products.is_learned,
     ),
     "word_problems": Task(
         vocabulary=word_problem_vocabulary,
@@ -136,9 +147,15 @@ def batches(task: Task, tokenizer: PreTrainedTokenizerFast, size: int) -> Iterat
         for _ in range(size):
             problem = next(problems)
             prompt = prompt_ids(tokenizer, problem.text)
-            completion = tokenizer(task.demonstrate(problem, rng))["input_ids"] + [tokenizer.eos_token_id]
-            rows.append(prompt + completion)
-            labels.append([-100] * len(prompt) + completion)
+            solution = task.demonstrate(problem, rng)
+            completion = tokenizer(solution)["input_ids"]
+            learned = [True] * len(completion) if task.is_learned is None else task.is_learned(problem, solution)
+            rows.append([*prompt, *completion, tokenizer.eos_token_id])
+            labels.append(
+                [-100] * len(prompt)
+                + [token if learn else -100 for token, learn in zip(completion, learned, strict=True)]
+                + [tokenizer.eos_token_id]
+            )
         yield padded(rows, tokenizer.pad_token_id), padded(labels, -100)
 
 
