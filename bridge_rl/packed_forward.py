@@ -45,6 +45,8 @@ def packed_attention(
             "The model caps attention scores, which packed rows are computed without: set update.share_prompt=false."
         )
     packed = packed_groups
+    # Under autocast rotary embeddings leave queries and keys in fp32; torch casts them too, but not beside such masks.
+    query, key = query.to(value.dtype), key.to(value.dtype)
 
     def attend(queries: tuple[int, int], k: Tensor, v: Tensor) -> Tensor:
         start, end = queries

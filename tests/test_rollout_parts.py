@@ -1,9 +1,13 @@
 """The parts of a rollout, each against something slower and obvious."""
 
 import random
+from functools import partial
+from itertools import count
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from bridge_rl.group import sibling_bias
 from bridge_rl.rollout.cache import MASKED, Part, attend_pages, join
@@ -122,3 +126,31 @@ def test_weights_that_do_not_fit_twice_stay_as_they_are(monkeypatch):
     layer = torch.nn.Linear(24, 40)
     with packed_weights(layer):
         assert "forward" not in vars(layer)
+
+
+def test_weights_stay_as_they_are_where_accelerate_casts_them(monkeypatch):
+    """Its autocast begins within the model's forward: packed fp32 weights would meet bf16 there."""
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    layer = torch.nn.Linear(24, 40)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        with packed_weights(accelerator.prepare_model(layer)):
+            assert layer(torch.randn(5, 24)).shape == (5, 40)
+    finally:
+        AcceleratorState._reset_state()
+
+
+def test_a_failure_while_weights_are_packed_leaves_none_of_them_packed(monkeypatch):
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8))
+    number = count()
+
+    def fail_at_the_second(*args):
+        if next(number) == 1:
+            raise MemoryError
+        return partial(*args)
+
+    monkeypatch.setattr("bridge_rl.rollout.packing.partial", fail_at_the_second)
+    with pytest.raises(MemoryError), packed_weights(model):
+        raise AssertionError("packed without the second layer")
+    assert not any("forward" in vars(layer) for layer in model)

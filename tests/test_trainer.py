@@ -174,6 +174,17 @@ def test_a_frozen_bf16_base_has_no_gradients_no_optimizer_state_and_no_fp32_copy
     assert all(entry["loss"] == entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
 
+@pytest.mark.parametrize("train", ["bridge", "full"])
+def test_an_fp32_model_is_sampled_and_trained_under_autocast_alike(tokenizer, tmp_path, train):
+    """As on a GPU, where `training.bf16` is the default and so are fp32 weights."""
+    trainer = make_trainer(tokenizer, tmp_path, model=make_bridged("llama"), train=train, bf16=True, max_steps=2)
+    trainer.train()
+    drift = [abs(entry["rollout/recompute_kl"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert len(drift) == 2
+    assert 1e-7 < max(drift) < 1e-2
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
 def test_what_is_frozen_below_the_first_block_has_no_backward_pass(tokenizer, tmp_path):
     model = make_base("llama", num_hidden_layers=4)
     br.attach_bridge(model, br.BridgeConfig("bridge", 2, 8, layers=[2, 3]))

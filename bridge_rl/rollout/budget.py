@@ -104,11 +104,11 @@ class CacheBudget:
     def prompt_pages(self, length: int) -> int:
         return pages_for(length, self.prompt_page)
 
-    def make_cache(self, keys: Sequence[torch.Tensor], spare: int = 0) -> PagedCache:
-        """An empty cache for a model whose layers have `keys` [B, H, T, K], with `spare` more pages for rows."""
+    def make_cache(self, values: Sequence[torch.Tensor], spare: int = 0) -> PagedCache:
+        """An empty cache for a model whose layers have `values` [B, H, T, K], with `spare` more pages for rows."""
         return PagedCache(
-            rows=Pages(self.num_row_pages, self.row_page, keys, spare),
-            prompts=Pages(self.num_prompt_pages, self.prompt_page, keys),
+            rows=Pages(self.num_row_pages, self.row_page, values, spare),
+            prompts=Pages(self.num_prompt_pages, self.prompt_page, values),
         )
 
 

@@ -243,7 +243,7 @@ class Rollout:
         layers = [(layer.keys, layer.values) for layer in prefill.cache.layers]
         if self.cache is None:
             spare = spare_pages(self.max_rows) if isinstance(self.decoder, FilledDecoder) else 0
-            self.cache = self.budget.make_cache([keys for keys, _ in layers], spare)
+            self.cache = self.budget.make_cache([values for _, values in layers], spare)
         new = []
         for n, place in enumerate(prefill.places):
             length = self.prompt_lengths[place]

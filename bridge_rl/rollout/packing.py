@@ -26,20 +26,24 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     copies = sum(layer.weight.nbytes for layer in layers)
     if copies > MEMORY_SHARE * psutil.virtual_memory().available:
         layers = []
-    for layer in layers:
-        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        # An attribute of the instance goes before the method of its class.
-        layer.forward = partial(multiply, packed, layer.bias)
     try:
+        for layer in layers:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            # An attribute of the instance goes before the method of its class.
+            layer.forward = partial(multiply, packed, layer.bias)
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 def packable(model: nn.Module) -> list[nn.Linear]:
-    """Plain linear layers whose whole fp32 weight is on CPU; none without oneDNN, or where autocast would cast them."""
-    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+    """Plain linear layers whose whole fp32 weight is on CPU; none without oneDNN, or where autocast would cast them.
+
+    accelerate's autocast begins within the model's forward: it is seen as a wrapped `forward`.
+    """
+    wrapped = hasattr(model, "_original_forward")
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or wrapped:
         return []
     return [
         module

@@ -18,7 +18,10 @@ class Pages:
     """Pages of keys and values, of owners that are told apart by a number."""
 
     def __init__(self, num_pages: int, columns: int, like: Sequence[Tensor], spare: int = 0) -> None:
-        """Room for `num_pages`. `like`: keys [B, H, T, K] of each layer, which give dtype, device and shape.
+        """Room for `num_pages`. `like`: values [B, H, T, K] of each layer, which give dtype, device and shape.
+
+        Not keys: under autocast to bf16 those of an fp32 model are fp32, since rotary embeddings are added in fp32, and
+        its attention casts them to the dtype of the values.
 
         `spare`: pages at the end that have no owner, for rows that only fill up a step (`graphs`).
         """
@@ -56,11 +59,12 @@ class Pages:
         for layer, tensors in enumerate(layers):
             for part, tensor in enumerate(tensors):
                 target = self.data[layer, part]
+                states = tensor.to(target.dtype)
                 target[pages[: whole // self.columns]] = (
-                    tensor[:, :whole].unflatten(1, (-1, self.columns)).transpose(0, 1)
+                    states[:, :whole].unflatten(1, (-1, self.columns)).transpose(0, 1)
                 )
                 if whole < columns:
-                    target[pages[-1], :, : columns - whole] = tensor[:, whole:]
+                    target[pages[-1], :, : columns - whole] = states[:, whole:]
 
     def release(self, owners: Sequence[int]) -> None:
         """Take the pages of `owners` back, and move the last pages in use into the holes."""

@@ -36,6 +36,16 @@ def test_lockstep_decode_matches_full_forward(family, width):
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_an_fp32_model_under_autocast_matches_the_full_forward_under_it(family):
+    """Rotary embeddings make its keys fp32, while its values are bf16."""
+    model = make_bridged(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        groups = br.generate_groups(model, PROMPTS, 4, PARAMS)
+        assert worst_difference(model, PROMPTS, groups) <= 0.05
+    assert worst_difference(model, PROMPTS, groups) > 1e-5, "autocast did nothing: the test would prove little"
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("max_rows", [None, 4, 9])
 def test_scheduled_rollout_equals_the_slow_loop(family, max_rows):
     """The same tokens and reasons, whether all groups run at once or are admitted as rows finish."""
