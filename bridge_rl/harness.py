@@ -16,6 +16,7 @@ are those of single rows (width 1): a request to score has no siblings.
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,8 +166,9 @@ class BridgeLM(HFLM):
             tokenizer=self.tokenizer,
         )
         stops = list(params.stop_strings)
-        for place, group in rollout.stream():
-            yield place, [postprocess_generated_text(self.tok_decode(row), stops, None) for row in group.tokens]
+        with closing(rollout.stream()) as stream:
+            for place, group in stream:
+                yield place, [postprocess_generated_text(self.tok_decode(row), stops, None) for row in group.tokens]
 
     def prompt_ids(self, context: str, max_new_tokens: int) -> list[int]:
         """Token ids of a prompt; one that is too long loses its beginning, as with lm_eval's own models."""

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,19 +121,20 @@ def sample_warmup_groups(
             numbers = [number for number in mine[start : start + PROBLEMS_PER_CALL] if number not in done]
             prompts = prompt_tokens(tokenizer, [rows[n]["prompt"] for n in numbers]) if numbers else []
             rollout = Rollout(model, prompts, section.samples, params, numbers, options=options)
-            ended = (pair for pair in rollout.stream() if "abort" not in pair[1].finish_reasons)
-            for batch in batches(ended, max(1, ROWS_PER_WRITE // section.samples)):
-                places = [place for place, _ in batch]
-                chosen, tokens = [rows[numbers[place]] for place in places], [group.tokens for _, group in batch]
-                texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
-                judged = [group.correct for group in judge(chosen, texts, tokens)]
-                made = zip((prompts[place] for place in places), tokens, texts, judged, strict=True)
-                store.append(
-                    {
-                        numbers[place]: WarmupGroup(row["problem"], *group)
-                        for place, row, group in zip(places, chosen, made, strict=True)
-                    }
-                )
+            with closing(rollout.stream()) as stream:
+                ended = (pair for pair in stream if "abort" not in pair[1].finish_reasons)
+                for batch in batches(ended, max(1, ROWS_PER_WRITE // section.samples)):
+                    places = [place for place, _ in batch]
+                    chosen, tokens = [rows[numbers[place]] for place in places], [group.tokens for _, group in batch]
+                    texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
+                    judged = [group.correct for group in judge(chosen, texts, tokens)]
+                    made = zip((prompts[place] for place in places), tokens, texts, judged, strict=True)
+                    store.append(
+                        {
+                            numbers[place]: WarmupGroup(row["problem"], *group)
+                            for place, row, group in zip(places, chosen, made, strict=True)
+                        }
+                    )
             progress(min(PROBLEMS_PER_CALL, len(mine) - start))
 
 

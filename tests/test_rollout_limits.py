@@ -2,6 +2,7 @@
 
 import logging
 from itertools import count
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -78,6 +79,35 @@ def test_out_of_memory_shrinks_the_rollout_and_changes_no_token(model, expected,
     assert rollout.stats.shrunk == len(calls)
     assert "Out of memory" in caplog.text
     assert "at most" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "engine.pad_left",
+        "engine.draw_tokens",
+        "engine.make_layout",
+        "engine.Rollout.let_go",
+        "budget.CacheBudget.make_cache",
+        "pages.Pages.write",
+        "pages.Pages.grow",
+        "pages.Pages.release",
+    ],
+)
+@pytest.mark.parametrize("call", [0, 1, 2])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_wherever_memory_runs_out_no_group_is_lost(model, expected, failing, call, error, monkeypatch):
+    number, whole = count(), resolve_name(f"bridge_rl.rollout.{failing}")
+
+    def fail_once(*args, **kwargs):
+        if next(number) == call:
+            raise error
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(f"bridge_rl.rollout.{failing}", fail_once)
+    rollout = Rollout(model, PROMPTS, 4, PARAMS, options=br.RolloutOptions(max_rows=8))
+    assert texts(rollout.run()) == texts(expected)
+    assert rollout.stats.shrunk == (next(number) > call)
 
 
 def test_out_of_memory_without_end_is_said_in_one_sentence(model):

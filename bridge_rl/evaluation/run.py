@@ -8,7 +8,7 @@ samples can be asked for later, and conditions are compared on the same draws at
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -147,17 +147,19 @@ class ModelSampler:
                 options=RolloutOptions(max_rows=self.max_rows, cancelled=self.cancelled),
                 exchange=exchange,
             )
-            stream = rollout.stream()
-            ended = (
-                (*pairs[place], group) for place, group in stream if kept[place] and "abort" not in group.finish_reasons
-            )
-            try:
-                for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
-                    yield self.judged(sweep, batch)
-            except UserError:
-                if rollout.ranks.together:  # the others need this rank's shards to the end
-                    deque(stream, maxlen=0)
-                raise
+            with closing(rollout.stream()) as stream:
+                ended = (
+                    (*pairs[place], group)
+                    for place, group in stream
+                    if kept[place] and "abort" not in group.finish_reasons
+                )
+                try:
+                    for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
+                        yield self.judged(sweep, batch)
+                except UserError:
+                    if rollout.ranks.together:  # the others need this rank's shards to the end
+                        deque(stream, maxlen=0)
+                    raise
 
     def judged(self, sweep: Sweep, batch: Sequence[tuple[int, int, Group]]) -> list[SampledGroup]:
         rows = [self.rows[problem] for problem, _, _ in batch]

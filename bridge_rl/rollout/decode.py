@@ -4,13 +4,13 @@ Shapes: R rows running, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from bridge_rl.group import sibling_bias
 from bridge_rl.rollout.cache import Layout, PagedCache, lockstep_attention
@@ -146,23 +146,37 @@ def make_layout(rows: Sequence[Row], prompt_lengths: Sequence[int], cache: Paged
 
 @contextmanager
 def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout, no gradient checkpointing (it would switch the cache off), and attention that takes a mask."""
-    training, implementation = model.training, model.config._attn_implementation
+    """No dropout, no gradient checkpointing (it would switch the cache off), and attention that takes a mask.
+
+    Nor the load balance of experts, which is of no use here and does not serve prompts in chunks.
+    """
+    config, implementation = model.config.get_text_config(), model.config._attn_implementation
+    training = [module for module in model.modules() if module.training]  # not all of them need be
     model.eval()
     try:
-        with attention(model, implementation if implementation in ("eager", "sdpa") else "sdpa"):
+        with (
+            attention(model, implementation if implementation in ("eager", "sdpa") else "sdpa"),
+            changed(config, "output_router_logits", False)
+            if hasattr(config, "output_router_logits")
+            else nullcontext(),
+        ):
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
+
+
+def attention(model: PreTrainedModel, implementation: str) -> AbstractContextManager[None]:
+    """Inside, the model's layers call this attention function."""
+    return changed(model.config.get_text_config(), "_attn_implementation", implementation)
 
 
 @contextmanager
-def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Inside, the model's layers call this attention function."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = implementation
+def changed(config: PretrainedConfig, name: str, value: object) -> Iterator[None]:
+    """Inside, `config` has another value."""
+    before = getattr(config, name)
+    setattr(config, name, value)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        setattr(config, name, before)

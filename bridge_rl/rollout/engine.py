@@ -8,7 +8,7 @@ Shapes: R rows running, N width, P prompt columns.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -139,8 +139,12 @@ class Rollout:
         return [made[place] for place in range(len(self.groups))]
 
     @torch.no_grad()
-    def stream(self) -> Iterator[tuple[int, Group]]:
-        """Every group with its place, as soon as its last row has ended. To be read to the end."""
+    def stream(self) -> Generator[tuple[int, Group]]:
+        """Every group with its place, as soon as its last row has ended.
+
+        To be read to the end, or closed: until then the model is in eval mode, with weights packed as they were when it
+        was begun.
+        """
         started = time.monotonic()
         given: set[int] = set()
         with sampling_mode(self.model), nullcontext() if self.ranks.together else packed_weights(self.model):
@@ -187,35 +191,36 @@ class Rollout:
 
     def next_prefill(self) -> Prefill | None:
         """The next waiting blocks that fit, of prompts of about one length; none: there is no room."""
-        fitting: list[tuple[int, ...]] = []
-        for block in self.waiting:
-            if not self.fits([*fitting, block]):
-                break
-            fitting.append(block)
+        fitting = self.fitting()
         if not fitting:
             return None
         longest_of = {block: max(self.prompt_lengths[place] for place in block) for block in fitting}
         longest = max(longest_of.values())
         alike = [block for block in fitting if longest_of[block] >= SHORTEST_OF_LONGEST * longest]
         blocks = alike[: max(1, self.prefill_tokens // longest // len(alike[0]))]
-        self.waiting = [block for block in self.waiting if block not in blocks]
         places = [place for block in blocks for place in block]
-        return Prefill(places, *pad_left([self.prompt_ids[place] for place in places], 0, self.model.device))
+        prefill = Prefill(places, *pad_left([self.prompt_ids[place] for place in places], 0, self.model.device))
+        taken = set(blocks)
+        self.waiting = [block for block in self.waiting if block not in taken]
+        return prefill
 
-    def fits(self, blocks: list[tuple[int, ...]]) -> bool:
-        """Whether these groups can start beside what runs: rows, prompts, and a page to grow for each row."""
-        places = [place for block in blocks for place in block]
-        new_rows = sum(len(self.groups[place]) for place in places)
-        if len(self.running) + new_rows > self.max_rows:
-            return False
-        if self.cache is None:
-            rows_used = prompts_used = 0
-        else:
-            rows_used, prompts_used = self.cache.rows.used, self.cache.prompts.used
-        prompts = prompts_used + sum(self.budget.prompt_pages(self.prompt_lengths[place]) for place in places)
-        rows = rows_used + len(self.running) + new_rows * self.budget.pages_per_visit
-        alone = not self.running and len(blocks) == 1  # fits: the budget was made for it
-        return alone or (prompts <= self.budget.num_prompt_pages and rows <= self.budget.num_row_pages)
+    def fitting(self) -> list[tuple[int, ...]]:
+        """The first waiting blocks that can start beside what runs: rows, prompts, and a page to grow for each row."""
+        rows, row_pages, prompt_pages = len(self.running), len(self.running), 0
+        if self.cache is not None:
+            row_pages, prompt_pages = row_pages + self.cache.rows.used, self.cache.prompts.used
+        found: list[tuple[int, ...]] = []
+        for block in self.waiting:
+            new_rows = sum(len(self.groups[place]) for place in block)
+            rows += new_rows
+            row_pages += new_rows * self.budget.pages_per_visit
+            prompt_pages += sum(self.budget.prompt_pages(self.prompt_lengths[place]) for place in block)
+            alone = not self.running and not found  # fits: the budget was made for it
+            room = row_pages <= self.budget.num_row_pages and prompt_pages <= self.budget.num_prompt_pages
+            if rows > self.max_rows or not (alone or room):
+                break
+            found.append(block)
+        return found
 
     def prefill_chunk(self, prefill: Prefill) -> None:
         """The next columns of the prompts, once a group; after the last ones the groups run."""
@@ -235,8 +240,8 @@ class Rollout:
         self.stats.forwards += 1
         prefill.done = columns.stop
         if prefill.done >= prefill.ids.shape[1]:
-            self.prefill = None
             self.start(prefill, output.logits[:, -1])
+            self.prefill = None  # not before: when memory runs out, what is named here starts again
 
     def start(self, prefill: Prefill, logits: Tensor) -> None:
         """Keep the prompts' keys and values, and draw the first token of every row. `logits`: [prompts, V]."""
@@ -336,8 +341,8 @@ class Rollout:
         try:
             self.advance()
             return
-        except RuntimeError as error:
-            if self.ranks.together or not should_reduce_batch_size(error):
+        except (RuntimeError, MemoryError) as error:
+            if self.ranks.together or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 raise  # alone, a rank cannot step back: the others wait in the same forward pass
         # Outside the handler, whose exception keeps the failed pass's tensors.
         self.shrink()

@@ -1,5 +1,6 @@
 """What is asked of a rollout, and what it gives back."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,11 @@ class Row:
     uniforms: Any = None  # its draws, one a step
 
     def append(self, token: int, logprob: float, stopped: bool) -> None:
+        if math.isnan(logprob):
+            raise UserError(
+                "The model's logits are not finite: its weights hold NaN or infinities, or overflow in its dtype. "
+                "Check the checkpoint, or use another dtype."
+            )
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if stopped:
@@ -123,11 +129,19 @@ def make_rows(
         raise UserError(
             f"width has {len(widths)} entries for {len(prompt_ids)} prompts: give one a prompt, or one int."
         )
+    vocabulary = model.get_input_embeddings().num_embeddings
     for place, (prompt, wide) in enumerate(zip(prompt_ids, widths, strict=True)):
         if wide < 1:
             raise UserError(f"width is {wide} for prompt {place}: it must be at least 1.")
+        if isinstance(prompt, int | str):
+            raise UserError(f"Prompt {place} is {prompt!r:.60}: give each prompt as a list of token ids.")
         if not len(prompt):
             raise UserError(f"Prompt {place} has no tokens: give every group at least one.")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise UserError(
+                f"Prompt {place} has tokens from {min(prompt)} to {max(prompt)}, and the model knows 0 to "
+                f"{vocabulary - 1}: use its own tokenizer."
+            )
     if limits is None:
         limits = [[params.max_new_tokens] * wide for wide in widths]
     if [len(group) for group in limits] != widths or any(
@@ -137,8 +151,29 @@ def make_rows(
     for name, values in (("indices", indices), ("expected_lengths", expected_lengths)):
         if values is not None and len(values) != len(prompt_ids):
             raise UserError(f"{name} has {len(values)} entries for {len(prompt_ids)} prompts: give one a prompt.")
+    check_positions(model, [len(prompt) + max(group) for prompt, group in zip(prompt_ids, limits, strict=True)])
     numbers = iter(range(sum(widths)))
     return [[Row(next(numbers), place, place, limit) for limit in group] for place, group in enumerate(limits)]
+
+
+def check_positions(model: PreTrainedModel, lengths: Sequence[int]) -> None:
+    """Raises UserError if a row may become so long that it changes what other rows of a batch say.
+
+    `lengths`: most tokens of each group's rows. transformers chooses the frequencies of `dynamic` and `longrope` rotary
+    embeddings by the longest row of a forward pass, above the length that the model was first trained at.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in parameters.values() if "rope_type" not in parameters else [parameters]:
+        if rope["rope_type"] not in ("dynamic", "longrope"):
+            continue
+        known = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if max(lengths, default=0) > known:
+            raise UserError(
+                f"Prompt {lengths.index(max(lengths))} and its completion may take {max(lengths)} tokens. Beyond "
+                f"{known} the model's position embeddings ({rope['rope_type']}) depend on the longest row that runs, "
+                "and groups would change each other's tokens: lower max_new_tokens, or shorten the prompt."
+            )
 
 
 def make_blocks(groups: list[list[Row]], exchange: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:

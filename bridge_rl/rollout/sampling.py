@@ -44,6 +44,8 @@ class SamplingParams:
             raise UserError(f"top_p is {self.top_p}: it must be between 1e-6 and 1.")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
             raise UserError(f"stop_strings is {self.stop_strings!r}: give a list of strings that are not empty.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must not be negative.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}: it must not be negative (0 switches it off).")
 
@@ -84,17 +86,18 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tup
 def invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first index of each row at which the running sum of `weights` [B, V] passes its share of the total, [B].
 
-    First the block, then the place in it: one pass over the weights, and two short running sums.
+    First the block, then the place in it: one pass over the weights, and two short running sums. Of weights that are
+    NaN it is any index.
     """
     missing = -weights.shape[-1] % CDF_BLOCK
     blocks = (F.pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, CDF_BLOCK))
     sums = blocks.sum(dim=-1).cumsum(dim=-1)
     target = _below(uniforms * sums[:, -1], sums[:, -1])
-    block = torch.searchsorted(sums, target[:, None], right=True)  # [B, 1]
+    block = torch.searchsorted(sums, target[:, None], right=True).clamp_(max=blocks.shape[1] - 1)  # [B, 1]
     before = F.pad(sums, (1, 0)).gather(-1, block)[:, 0]
     within = blocks.gather(1, block[:, :, None].expand(-1, 1, CDF_BLOCK))[:, 0].cumsum(dim=-1)
     place = torch.searchsorted(within, _below(target - before, within[:, -1])[:, None], right=True)
-    return (block * CDF_BLOCK + place)[:, 0]
+    return (block * CDF_BLOCK + place)[:, 0].clamp_(max=weights.shape[-1] - 1)
 
 
 def _below(x: Tensor, total: Tensor) -> Tensor:

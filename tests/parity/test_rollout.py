@@ -1,10 +1,13 @@
 """Lockstep generation against the full-sequence oracle, and seeds."""
 
+import re
+
 import pytest
 import torch
 from conftest import ALL_FAMILIES, make_base, make_bridged
 
 import bridge_rl as br
+from bridge_rl.errors import UserError
 from bridge_rl.rollout.engine import Rollout
 from bridge_rl.rollout.graphs import FilledDecoder
 from bridge_rl.rollout.reference import generate_groups_slowly
@@ -279,6 +282,7 @@ def test_truncated_sampling_stays_inside_its_set(options, allowed):
         ({"temperature": 1e-40}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_sampling_params_are_refused(options, named):
@@ -289,3 +293,66 @@ def test_bad_sampling_params_are_refused(options, named):
 def test_an_empty_prompt_is_refused(bridged):
     with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
         br.generate_groups(bridged, [[5], []], 2, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([5, 6, 7], "Prompt 0 is 5: give each prompt as a list of token ids"),
+        (["What is 2 + 2?"], "Prompt 0 is 'What is 2"),
+        ([[5], [6, 50]], "Prompt 1 has tokens from 6 to 50, and the model knows 0 to 49"),
+        ([[5], [-1, 6]], "Prompt 1 has tokens from -1 to 6"),
+    ],
+)
+def test_prompts_that_are_no_token_ids_of_the_model_are_refused(prompts, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        br.generate_groups(make_base("llama"), prompts, 2, PARAMS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logits_that_are_not_finite_are_said_to_be(temperature):
+    model = make_bridged("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        br.generate_groups(model, PROMPTS, 2, br.SamplingParams(5, temperature=temperature))
+
+
+LONG_ROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "partial_rotary_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "overrides"),
+    [
+        ("phi3", {"rope_type": "longrope", **LONG_ROPE}, {"original_max_position_embeddings": 32}),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}, {"max_position_embeddings": 32}),
+    ],
+)
+def test_a_row_may_not_be_so_long_that_it_changes_the_positions_of_others(family, rope, overrides):
+    model = make_bridged(family, rope_parameters={"rope_theta": 10000.0, **rope}, **overrides)
+    groups = br.generate_groups(model, [[5, 6], [7] * 12], 3, br.SamplingParams(20, eos_token_id=[]))
+    assert worst_difference(model, [[5, 6], [7] * 12], groups) <= 1e-5
+    with pytest.raises(UserError, match=r"Prompt 1 and its completion may take 33 tokens\. Beyond 32 "):
+        br.generate_groups(model, [[5, 6], [7] * 13], 3, br.SamplingParams(20, eos_token_id=[]))
+
+
+def test_prompts_in_chunks_do_without_the_load_balance_of_experts():
+    model = make_bridged("qwen3_moe", output_router_logits=True)
+    groups = br.generate_groups(model, PROMPTS, 3, PARAMS, options=br.RolloutOptions(prefill_tokens=2))
+    assert model.config.output_router_logits is True
+    assert [group.tokens for group in groups] == [
+        group.tokens for group in br.generate_groups(make_bridged("qwen3_moe"), PROMPTS, 3, PARAMS)
+    ]
+
+
+def test_a_stream_that_is_closed_early_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    model = make_bridged("llama").train()
+    model.model.layers[1].eval()  # as some training keeps a part of it
+    before = [module.training for module in model.modules()]
+    stream = Rollout(model, PROMPTS, 2, PARAMS).stream()
+    next(stream)
+    assert any("forward" in vars(module) for module in model.modules())
+    stream.close()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert [module.training for module in model.modules()] == before
