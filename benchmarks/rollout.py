@@ -332,6 +332,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
     for arm in ARMS:
         share = large and large["roofline"][arm]
         lines.append(bar(f"5 1.5B on CUDA, share of bandwidth {arm}", share, 0.6))
+    for arm in (*ARMS, "with_graphs"):
         ratio = large and speedup(large, arm, generate)
         lines.append(bar(f"5 1.5B on CUDA, {arm} over the best of generate", ratio, 10))
     return lines
