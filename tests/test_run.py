@@ -159,6 +159,18 @@ def test_lora_and_bridge_only_run_from_the_recipe(tmp_path):
         assert br.load_bridge(output) is not None
 
 
+@pytest.mark.parametrize("train", ["bridge", "full", "lora"])
+def test_a_run_in_the_precision_of_a_gpu(train, tmp_path, monkeypatch):
+    """fp32 weights under bf16 autocast, from warm-up to evaluation."""
+    monkeypatch.setattr("bridge_rl.run.device_arguments", lambda recipe: {"bf16": True, "use_cpu": True})
+    main(["train", "recipes/tiny_arith.yaml", *SMALL, f"train={train}", f"output_dir={tmp_path / 'out'}"])
+    history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    drift = [abs(entry[names.RECOMPUTE_KL]) for entry in history if "loss" in entry]
+    assert len(drift) == 2
+    assert 1e-7 < max(drift) < 1e-2
+    assert names.evaluation("pass@1", 4) in history[-1]
+
+
 def test_a_run_killed_after_a_checkpoint_goes_on_by_itself(tmp_path):
     options = [*SMALL, "data.eval=null", "training.save_strategy=steps", "training.save_steps=1", *LOGGED]
     main(["train", "recipes/tiny_arith.yaml", *options, f"output_dir={tmp_path}", "training.max_steps=1"])
