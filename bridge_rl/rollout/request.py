@@ -164,8 +164,10 @@ def check_positions(model: PreTrainedModel, lengths: Sequence[int]) -> None:
     """
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in parameters.values() if "rope_type" not in parameters else [parameters]:
-        if rope["rope_type"] not in ("dynamic", "longrope"):
+    # Some families have one for each kind of layer, or none for a kind.
+    ropes = [rope for rope in (parameters, *parameters.values()) if isinstance(rope, dict)]
+    for rope in ropes:
+        if rope.get("rope_type") not in ("dynamic", "longrope"):
             continue
         known = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if max(lengths, default=0) > known:
