@@ -325,6 +325,33 @@ def test_dropout_of_lora_and_a_guard_of_the_rollout_are_a_conflict():
         assert make_plan(load_recipe(TINY, [*options, cure])).conflicts == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "positions"),
+    [
+        ({}, 128),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, 128),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            64,
+        ),
+    ],
+)
+def test_completions_longer_than_the_positions_of_the_model_are_a_conflict(tmp_path, overrides, positions):
+    make_base("llama", **overrides).config.save_pretrained(tmp_path)
+    for length, found in ((positions - 1, False), (positions, True)):
+        recipe = load_recipe("recipes/tiny_arith.yaml", [f"model.path={tmp_path}", f"rollout.max_new_tokens={length}"])
+        sentence = f"rollout.max_new_tokens is {length}, but the model knows {positions} positions"
+        assert any(sentence in conflict for conflict in make_plan(recipe).conflicts) is found
+
+
 @pytest.mark.parametrize(("family", "key"), [("llama", "attention_dropout"), ("phi3", "resid_pdrop")])
 def test_dropout_of_the_base_and_a_guard_of_the_rollout_are_a_conflict(tmp_path, family, key):
     make_base(family, **{key: 0.2}).config.save_pretrained(tmp_path)

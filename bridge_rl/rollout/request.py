@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bridge_rl.errors import UserError
 from bridge_rl.group import exchanged_circles
@@ -159,23 +159,29 @@ def make_rows(
 def check_positions(model: PreTrainedModel, lengths: Sequence[int]) -> None:
     """Raises UserError if a row may become so long that it changes what other rows of a batch say.
 
-    `lengths`: most tokens of each group's rows. transformers chooses the frequencies of `dynamic` and `longrope` rotary
-    embeddings by the longest row of a forward pass, above the length that the model was first trained at.
+    `lengths`: most tokens of each group's rows.
     """
-    config = model.config.get_text_config()
+    known = steady_positions(model.config.get_text_config())
+    if known is not None and max(lengths, default=0) > known:
+        raise UserError(
+            f"Prompt {lengths.index(max(lengths))} and its completion may take {max(lengths)} tokens. Beyond {known} "
+            "the model's position embeddings depend on the longest row that runs, and groups would change each other's "
+            "tokens: lower max_new_tokens, or shorten the prompt."
+        )
+
+
+def steady_positions(config: PretrainedConfig) -> int | None:
+    """How many positions have embeddings that do not depend on other rows; None: all.
+
+    transformers chooses the frequencies of `dynamic` and `longrope` rotary embeddings by the longest row of a forward
+    pass, above the length that the model was first trained at.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     # Some families have one for each kind of layer, or none for a kind.
     ropes = [rope for rope in (parameters, *parameters.values()) if isinstance(rope, dict)]
-    for rope in ropes:
-        if rope.get("rope_type") not in ("dynamic", "longrope"):
-            continue
-        known = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if max(lengths, default=0) > known:
-            raise UserError(
-                f"Prompt {lengths.index(max(lengths))} and its completion may take {max(lengths)} tokens. Beyond "
-                f"{known} the model's position embeddings ({rope['rope_type']}) depend on the longest row that runs, "
-                "and groups would change each other's tokens: lower max_new_tokens, or shorten the prompt."
-            )
+    changing = [rope for rope in ropes if rope.get("rope_type") in ("dynamic", "longrope")]
+    known = [rope.get("original_max_position_embeddings") or config.max_position_embeddings for rope in changing]
+    return min(known, default=None)
 
 
 def make_blocks(groups: list[list[Row]], exchange: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
