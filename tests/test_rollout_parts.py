@@ -131,13 +131,10 @@ def test_weights_that_do_not_fit_twice_stay_as_they_are(monkeypatch):
 def test_weights_stay_as_they_are_where_accelerate_casts_them(monkeypatch):
     """Its autocast begins within the model's forward: packed fp32 weights would meet bf16 there."""
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
-    layer = torch.nn.Linear(24, 40)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    try:
-        with packed_weights(accelerator.prepare_model(layer)):
-            assert layer(torch.randn(5, 24)).shape == (5, 40)
-    finally:
-        AcceleratorState._reset_state()
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one state a process, which other tests have set
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8))
+    with packed_weights(Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)):
+        assert model(torch.randn(5, 24)).shape == (5, 8)
 
 
 def test_a_failure_while_weights_are_packed_leaves_none_of_them_packed(monkeypatch):
