@@ -132,9 +132,18 @@ def test_weights_stay_as_they_are_where_accelerate_casts_them(monkeypatch):
     """Its autocast begins within the model's forward: packed fp32 weights would meet bf16 there."""
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one state a process, which other tests have set
-    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8))
-    with packed_weights(Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)):
-        assert model(torch.randn(5, 24)).shape == (5, 8)
+
+    class BehindAProduct(torch.nn.Module):  # as an attention's output projection is
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(24, 40)
+
+        def forward(self, x):
+            return self.linear(x @ x.T @ x)
+
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(BehindAProduct())
+    with packed_weights(model):
+        assert model(torch.randn(5, 24)).shape == (5, 40)
 
 
 def test_a_failure_while_weights_are_packed_leaves_none_of_them_packed(monkeypatch):
