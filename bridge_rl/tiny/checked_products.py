@@ -45,8 +45,7 @@ def check(steps: str) -> str:
 def is_learned(problem: Problem, solution: str) -> list[bool]:
     """Of each character of a demonstration: not those of a wrong product."""
     wrong = int(solution[PRODUCT]) != problem.product
-    columns = range(len(solution))[PRODUCT]
-    return [not (wrong and column in columns) for column in range(len(solution))]
+    return [not (wrong and PRODUCT.start <= column < PRODUCT.stop) for column in range(len(solution))]
 
 
 def _wrong(digits: str, rng: random.Random) -> str:

@@ -9,7 +9,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,13 @@ def word_problem_vocabulary() -> list[str]:
     return [*SOLVED_WITH, *sorted(found - set(SOLVED_WITH))]
 
 
+PRODUCTS = Task(
+    vocabulary=lambda: products.CHARACTERS,
+    make_problems=products.make_problems,
+    make_held_out=partial(products.make_problems, split="validation"),
+    demonstrate=products.demonstrate,
+    is_correct=lambda problem, completion: equations.is_correct(str(problem.product), completion),
+)
 TASKS = {
     "two_tries": Task(
         vocabulary=lambda: two_tries.CHARACTERS,
@@ -62,19 +69,11 @@ TASKS = {
         demonstrate=two_tries.demonstrate,
         is_correct=lambda problem, completion: two_tries.is_correct(problem.text, completion),
     ),
-    "products": Task(
-        vocabulary=lambda: products.CHARACTERS,
-        make_problems=products.make_problems,
-        make_held_out=partial(products.make_problems, split="validation"),
-        demonstrate=products.demonstrate,
-        is_correct=lambda problem, completion: equations.is_correct(str(problem.product), completion),
-    ),
-    "checked_products": Task(
+    "products": PRODUCTS,
+    "checked_products": replace(
+        PRODUCTS,
         vocabulary=lambda: checked_products.CHARACTERS,
-        make_problems=products.make_problems,
-        make_held_out=partial(products.make_problems, split="validation"),
         demonstrate=checked_products.demonstrate,
-        is_correct=lambda problem, completion: equations.is_correct(str(problem.product), completion),
         max_new_tokens=44,
         is_learned=checked_products.is_learned,
     ),
