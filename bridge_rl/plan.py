@@ -23,7 +23,7 @@ from bridge_rl.memory import Memory, estimate
 from bridge_rl.memory_shapes import Parameters
 from bridge_rl.models import load_reward, load_tokenizer, model_config, quantization_config, resolve_path
 from bridge_rl.presets import preset_config
-from bridge_rl.rollout.request import steady_positions
+from bridge_rl.rollout.request import known_positions
 from bridge_rl.safety import conflicts, guard_conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
 
@@ -104,8 +104,7 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
         )
     if recipe.model.quantization is not None:
         found += quantization_conflicts(recipe)
-    text_config = config.get_text_config()
-    longest = steady_positions(text_config) or getattr(text_config, "max_position_embeddings", None)
+    longest = known_positions(config)
     if longest is not None and recipe.rollout.max_new_tokens >= longest:
         found.append(
             f"rollout.max_new_tokens is {recipe.rollout.max_new_tokens}, but the model knows {longest} positions, "

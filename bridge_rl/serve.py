@@ -22,6 +22,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.command import load_for_sampling
 from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.rollout.request import known_positions
 
 try:
     import uvicorn
@@ -78,8 +79,7 @@ def make_app(
         app.add_exception_handler(mistake, refuse)
     lock = Lock()  # one model: its mode, and the tokenizer's settings, are shared by all requests
     eos, created = eos_ids(model, tokenizer), int(time.time())
-    # Models without position embeddings declare no limit.
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = known_positions(model.config)
 
     def answer(fields: Fields, prompt: Any, prefix: str, kind: str, choice: Callable[..., Any]) -> JSONResponse:
         check_fields(fields, name, max_tokens, max_width)

@@ -240,6 +240,17 @@ def test_the_model_is_listed_and_the_server_says_that_it_is_up(app):
     assert client.get("/health").json() == {"status": "ok"}
 
 
+def test_completions_end_before_rows_would_change_each_others_positions(model, tokenizer, monkeypatch):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 40, "rope_theta": 10000.0}
+    monkeypatch.setattr(model.config, "rope_parameters", rope)
+    client = TestClient(make_app(model, tokenizer, "tiny", max_tokens=64, max_width=8))
+    response = client.post("/v1/completions", json={"prompt": "1" * 22, "n": 2, "seed": 3})
+    assert response.status_code == 200, response.text
+    refused = client.post("/v1/completions", json={"prompt": "1" * 22, "max_tokens": 19})
+    assert refused.status_code == 400
+    assert "the prompt has 22 tokens, which leaves 18 of 40" in refused.text
+
+
 def test_limits_below_one_are_refused(model, tokenizer):
     with pytest.raises(UserError, match="--max-tokens is 0 and --max-width is 4"):
         make_app(model, tokenizer, "tiny", 0, 4)

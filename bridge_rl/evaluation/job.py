@@ -42,6 +42,7 @@ from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
+from bridge_rl.rollout.request import known_positions
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def make_job(
 
 
 def say_if_positions_run_out(model: PreTrainedModel, limit: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = known_positions(model.config)
     if most is not None and limit >= most and PartialState().is_main_process:
         print(f"completions of up to {limit} tokens pass the {most} positions that the model is made for", flush=True)
 

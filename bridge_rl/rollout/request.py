@@ -161,7 +161,7 @@ def check_positions(model: PreTrainedModel, lengths: Sequence[int]) -> None:
 
     `lengths`: most tokens of each group's rows.
     """
-    known = steady_positions(model.config.get_text_config())
+    known = steady_positions(model.config)
     if known is not None and max(lengths, default=0) > known:
         raise UserError(
             f"Prompt {lengths.index(max(lengths))} and its completion may take {max(lengths)} tokens. Beyond {known} "
@@ -170,12 +170,18 @@ def check_positions(model: PreTrainedModel, lengths: Sequence[int]) -> None:
         )
 
 
+def known_positions(config: PretrainedConfig) -> int | None:
+    """How many positions a row may take, its prompt included; None: the model declares no limit."""
+    return steady_positions(config) or getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def steady_positions(config: PretrainedConfig) -> int | None:
     """How many positions have embeddings that do not depend on other rows; None: all.
 
     transformers chooses the frequencies of `dynamic` and `longrope` rotary embeddings by the longest row of a forward
     pass, above the length that the model was first trained at.
     """
+    config = config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
     # Some families have one for each kind of layer, or none for a kind.
     ropes = [rope for rope in (parameters, *parameters.values()) if isinstance(rope, dict)]
