@@ -209,7 +209,7 @@ def exchanged(recipe: Recipe, layer: Layer, parameters: Parameters, device: Devi
     elif device.shards > 1:
         terms["buckets"] = FP32 * parameters.trained
     if device.compute == 2 and device.base == FP32:
-        terms["cast"] = 2.0 * sum(parameters.linear)
+        terms["cast"] = 2.0 * parameters.linear
     if recipe.train == "full" and recipe.training.get("beta"):
         terms["reference"] = device.base * (parameters.total - parameters.new) / device.shard(3)
     return terms
@@ -242,8 +242,8 @@ def sampling(
     shared = prompt_pages * sampled.width * 2 * (prompt_page + layer.K)
 
     always: dict[str, float] = {"cache": cache}
-    if not device.gpu and device.base == FP32:
-        always["layout"] = FP32 * sum(size for size in parameters.linear if size > LEAST_ELEMENTS)
+    if not device.gpu and device.base == FP32 and parameters.linear > LEAST_ELEMENTS:
+        always["layout"] = FP32 * parameters.linear
     if device.deepspeed and device.stage == 3 and recipe.training.get("ds3_gather_for_generation", True):
         always["gathered"] = device.base * parameters.total
     later = sampled.waiting > sampled.rows or sampled.groups > at_once  # prompts that find the cache in use

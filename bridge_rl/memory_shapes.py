@@ -15,7 +15,7 @@ QUANTIZED = {"int8": 1, "nf4": 0.5 + FP32 / 64}  # bytes of a weight; of 64 in 4
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many: all, those of the Bridge or its control, trained ones; linear: sizes of linear weights, head included.
+    """How many: all, those of the Bridge or its control, trained ones; those of linear layers, head included.
 
     tied: whether the embedding is the head, too. quantized: those of them in 8 or 4 bits, which are not in `linear`.
     """
@@ -23,7 +23,7 @@ class Parameters:
     total: int
     new: int
     trained: int
-    linear: tuple[int, ...]
+    linear: int
     quantized: int
     tied: bool
 

@@ -195,9 +195,7 @@ def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
         total=total,
         new=new,
         trained={"bridge": new, "lora": new + lora, "full": total}[recipe.train],
-        linear=tuple(
-            m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in quantized
-        ),
+        linear=sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m not in quantized),
         quantized=sum(m.weight.numel() for m in quantized),
         tied=head.weight is model.get_input_embeddings().weight,
     )

@@ -120,6 +120,14 @@ def test_packed_weights_multiply_alike_and_are_gone_afterwards(monkeypatch):
         torch.testing.assert_close(model(x), 2 * expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "packed"), [(1024, 0), (1025, 4)])
+def test_weights_are_packed_all_or_none_by_what_they_take_together(width, packed, monkeypatch):
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 4 * 8 * 1024)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, width) for _ in range(4)))
+    with packed_weights(model):
+        assert sum("forward" in vars(layer) for layer in model) == packed
+
+
 def test_weights_that_do_not_fit_twice_stay_as_they_are(monkeypatch):
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
     monkeypatch.setattr("bridge_rl.rollout.packing.MEMORY_SHARE", 0.0)

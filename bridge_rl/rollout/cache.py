@@ -55,9 +55,9 @@ class PagedCache(Cache):
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention with this step's [R, H, 1, K]: written down, and returned as they are."""
-        for part, states in enumerate((keys, values)):
-            data = self.rows.data[layer_idx, part]
-            data[self.pages, :, self.offsets] = states[:, :, 0].to(data.dtype)
+        data = self.rows.data[layer_idx]
+        states = [x[:, :, 0].to(data.dtype) for x in (keys, values)]
+        data[:, self.pages, :, self.offsets] = torch.stack(states, dim=1)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-# Smaller weights stay in the processor's cache.
-LEAST_ELEMENTS = 2**16
+# Weights that are fewer, all together, stay in the processor's cache.
+LEAST_ELEMENTS = 2**22
 # Share of the free memory that the copies may take.
 MEMORY_SHARE = 0.25
 
@@ -40,12 +40,13 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 def packable(model: nn.Module) -> list[nn.Linear]:
     """Plain linear layers whose whole fp32 weight is on CPU; none without oneDNN, or where autocast would cast them.
 
-    accelerate's autocast begins within the model's forward: it is seen as a wrapped `forward`.
+    None either where they are small. accelerate's autocast begins within the model's forward: it is seen as a wrapped
+    `forward`.
     """
     wrapped = hasattr(model, "_original_forward")
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or wrapped:
         return []
-    return [
+    layers = [
         module
         for module in model.modules()
         if type(module) is nn.Linear
@@ -53,8 +54,8 @@ def packable(model: nn.Module) -> list[nn.Linear]:
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
         and module.weight.dim() == 2
-        and module.weight.numel() > LEAST_ELEMENTS
     ]
+    return layers if sum(layer.weight.numel() for layer in layers) > LEAST_ELEMENTS else []
 
 
 def multiply(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
