@@ -1,5 +1,6 @@
 """How a committed figure was made: hardware, versions, commit, command."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,21 +11,34 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+CODE = ("bridge_rl", "recipes", "rewards", "benchmarks", ":!benchmarks/results")
 
 
 def provenance() -> dict[str, Any]:
-    """Goes into every JSON of results."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """Goes into every JSON of results. dirty: whether the code differs from the commit."""
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
         hardware = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit or "unknown",
+        "commit": _git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown",
+        "dirty": _git("diff", "--quiet", "HEAD", "--", *CODE).returncode == 1,
         "hardware": hardware,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+
+
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.is_file() else ""
+    found = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()

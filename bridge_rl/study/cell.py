@@ -6,9 +6,6 @@
 import argparse
 import fcntl
 import json
-import os
-import platform
-import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -76,7 +73,7 @@ def run_cell(study: Study, cell: Cell, results: Path, runs: Path) -> CellResult:
             samples=study.samples,
             source=source_of(study, cell),
             problems=job.settings["problems"],
-            made=machine(),
+            made=provenance(),
             trained=read_lines(directory / STARTS),
             seconds=Seconds(**training_seconds(directory), evaluation=seconds),
             tried=tried(study, cell, results),
@@ -115,7 +112,7 @@ def train_cell(recipe: Recipe, directory: Path) -> None:
         print(f"the model is in {directory}: it is only evaluated", flush=True)
         return
     with (directory / STARTS).open("a") as file:
-        file.write(json.dumps(machine()) + "\n")
+        file.write(json.dumps(provenance()) + "\n")
     print(describe(recipe, check(recipe)), flush=True)
     if recipe.warmup is not None and not warmup_directory(recipe).is_dir():  # a part of one is not worth timing
         start = time.perf_counter()
@@ -214,24 +211,6 @@ def tried(study: Study, cell: Cell, results: Path) -> dict[str, float]:
     if cell.search:
         return {}
     return {rate_name(rate): value for rate, value in tried_rates(study, cell.task, cell.arm, results).items()}
-
-
-# -- how it was made --------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """Commit, versions and hardware; dirty: whether the code differs from the commit."""
-    code = ("diff", "--quiet", "HEAD", "--", "bridge_rl", "recipes", "rewards")
-    root = Path(__file__).parents[2]
-    dirty = subprocess.run(["git", *code], cwd=root, capture_output=True, check=False).returncode == 1
-    return {**provenance(), "dirty": dirty, "cpu": cpu_model(), "cores": os.cpu_count()}
-
-
-def cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.is_file() else ""
-    found = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
 
 
 def main() -> None:
