@@ -36,8 +36,13 @@ class BridgeConfig:
             raise UserError(
                 f"bridge.num_heads is {self.num_heads} and bridge.head_dim is {self.head_dim}: both must be at least 1."
             )
-        if self.layers != "all" and not self.layers:
+        if self.layers == "all":
+            return
+        if not isinstance(self.layers, list | tuple) or not all(type(index) is int for index in self.layers):
+            raise UserError(f"bridge.layers is {self.layers!r}: use 'all' or a list of indices, such as [0, 5].")
+        if not self.layers:
             raise UserError("bridge.layers is empty: use 'all' or name at least one layer.")
+        object.__setattr__(self, "layers", list(self.layers))  # as it comes back from a checkpoint
 
     @property
     def inner_width(self) -> int:

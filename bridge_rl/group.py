@@ -79,12 +79,17 @@ def prompts_of_groups(rows: Sequence[Item], width: int) -> list[Item]:
     return [group[0] for group in groups]
 
 
+def rows_of_groups(groups: Tensor, width: int) -> Tensor:
+    """int64 [B']: the rows of some groups, given by their indices, in their order."""
+    return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
+
+
 def pad_left(rows: Sequence[Sequence[int]], value: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Token lists -> (ids, mask), both [B, T] int64, padded on the left."""
     length = max(len(row) for row in rows)
     ids = [[value] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return _int64(ids, device), _int64(mask, device)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -92,4 +97,8 @@ def pad_right(rows: Sequence[Sequence[int]], value: int, device: torch.device | 
     length = max(len(row) for row in rows)
     ids = [list(row) + [value] * (length - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return _int64(ids, device), _int64(mask, device)
+
+
+def _int64(rows: list[list[int]], device: torch.device | str) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=device)  # rows that are all empty would be floats

@@ -72,8 +72,11 @@ def attach_bridge(model: PreTrainedModel, config: BridgeConfig) -> PreTrainedMod
     """Add a zero-started block after every decoder layer named by `config`, in place, and return `model`.
 
     The blocks take the device and dtype of their layer; their random start comes from torch's global generator.
-    Raises ValueError for a model family that is not served, a layer that does not exist, and a model that has blocks.
+    Raises ValueError for a model family that is not served, a layer that does not exist, and a model that has blocks
+    or an adapter.
     """
+    if hasattr(model, "peft_config"):
+        raise UserError("The model is wrapped by PEFT: attach the Bridge to the base before the adapter.")
     family = model.config.model_type
     if family not in SERVED_FAMILIES:
         raise UserError(

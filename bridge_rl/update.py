@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 
 from bridge_rl.config import UpdateSection
 from bridge_rl.errors import UserError
-from bridge_rl.group import split_rows
+from bridge_rl.group import rows_of_groups, split_rows
 
 
 def check_parts(trainer: GRPOTrainer, options: UpdateSection) -> None:
@@ -58,7 +58,7 @@ def rows_of_parts(
     order = sizes[:, 2 if options.share_prompt else 1].argsort(descending=True, stable=True)
     of_ranks = accelerator.gather(sizes[order][None]).tolist()  # [ranks, G, 3]
     counts = cut_groups(of_ranks, width, options.token_budget, options.share_prompt)
-    return [rows_of(part, width) for part in order.split(counts)]
+    return [rows_of_groups(part, width) for part in order.split(counts)]
 
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -99,11 +99,6 @@ def cut_groups(sizes: list[list[list[int]]], width: int, budget: int, packed: bo
         else:
             counts.append(1)
     return counts
-
-
-def rows_of(groups: Tensor, width: int) -> Tensor:
-    """int64 [B']: the rows of some groups, in their order."""
-    return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
 
 
 def take_rows(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The block against a slow loop, and its control."""
 
+import json
 import math
 
 import pytest
@@ -102,7 +103,15 @@ def test_a_float32_block_on_a_bfloat16_stream_keeps_the_stream_dtype():
     assert block.qkv_proj.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("key", "value"), [("kind", "mlp"), ("num_heads", 0), ("layers", [])])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("kind", "mlp"), ("num_heads", 0), ("layers", []), ("layers", "last"), ("layers", 1), ("layers", [0.5])],
+)
 def test_a_config_that_means_nothing_is_refused(key, value):
     with pytest.raises(ValueError, match=f"bridge.{key}"):
         BridgeConfig(**{key: value})
+
+
+def test_a_config_equals_the_one_that_comes_back_from_a_file():
+    config = BridgeConfig(layers=(0, 2))
+    assert BridgeConfig(**json.loads(json.dumps(config.to_dict()))) == config

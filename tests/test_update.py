@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge_rl.config import UpdateSection
+from bridge_rl.group import rows_of_groups
 from bridge_rl.packed import pack_groups
 from bridge_rl.packed_forward import packed_attention
-from bridge_rl.update import cut_groups, rows_of, rows_of_parts, sizes_of_groups, take_rows, trim
+from bridge_rl.update import cut_groups, rows_of_parts, sizes_of_groups, take_rows, trim
 
 
 def right(lengths, columns=None):
@@ -79,7 +80,7 @@ def test_a_part_is_trimmed_to_its_own_longest_rows():
         "old_per_token_logps": -ids.float(),
         "num_items_in_batch": torch.tensor(14),
     }
-    part = trim(take_rows(batch, rows_of(torch.tensor([2]), 2)))
+    part = trim(take_rows(batch, rows_of_groups(torch.tensor([2]), 2)))
     assert part["prompt_ids"].tolist() == [[13, 14], [16, 17]]
     assert part["completion_ids"].tolist() == [[16, 17, 18], [20, 21, 22]]
     assert part["old_per_token_logps"].shape == (2, 3)

@@ -1,12 +1,14 @@
 """The slow, obvious oracles: a padded full-sequence forward, and a loop in which every row runs to the end."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bridge_rl.group import groups_of, pad_left, pad_right, repeat_for_rows, split_rows
+from bridge_rl.rollout.decode import sampling_mode
 from bridge_rl.rollout.ending import eos_token_ids
 from bridge_rl.rollout.request import Group
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms, scaled_logprobs
@@ -22,13 +24,18 @@ def group_logprobs(
 ) -> list[list[list[float]]]:
     """Log-prob of every completion token, given the prompt and the siblings: a list over groups, rows, tokens.
 
-    `completions[g]` are the N rows of prompt g, EOS included; all groups have the same width. Raises ValueError if not.
+    `completions[g]` are the N rows of prompt g, EOS included; all groups have the same width. Raises ValueError if not,
+    and for a prompt without tokens. The model is in eval mode meanwhile, as it is while it samples.
     """
+    if not prompt_ids and not completions:
+        return []
     widths = {len(group) for group in completions}
     if len(prompt_ids) != len(completions) or len(widths) != 1:
         raise ValueError(
             f"{len(prompt_ids)} prompts and groups of widths {sorted(widths)}: one group a prompt, all of one width."
         )
+    if not all(len(prompt) for prompt in prompt_ids):
+        raise ValueError("A prompt is empty: give each at least one token, as generate_groups does.")
     width = widths.pop()
     rows = [row for group in completions for row in group]
     prompt, prompt_mask = pad_left(repeat_for_rows(prompt_ids, width), 0, model.device)
@@ -36,10 +43,7 @@ def group_logprobs(
     ids = torch.cat([prompt, completion], dim=1)
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    if has_bridge(model):
-        with group_width(model, width):
-            logits = model(**inputs, use_cache=False).logits
-    else:
+    with sampling_mode(model), group_width(model, width) if has_bridge(model) else nullcontext():
         logits = model(**inputs, use_cache=False).logits
     # The logits at a column predict the token of the next one.
     logprobs = scaled_logprobs(logits[:, prompt.shape[1] - 1 : -1], temperature)

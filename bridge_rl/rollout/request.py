@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -124,7 +125,7 @@ def make_rows(
         )
     if getattr(model.config, "bridge", None) and not has_bridge(model):
         raise UserError("The model's config names a Bridge that is not there: load it with bridge_rl.load_bridge.")
-    widths = [width] * len(prompt_ids) if isinstance(width, int) else list(width)
+    widths = [int(width)] * len(prompt_ids) if isinstance(width, int | Integral) else list(width)
     if len(widths) != len(prompt_ids):
         raise UserError(
             f"width has {len(widths)} entries for {len(prompt_ids)} prompts: give one a prompt, or one int."

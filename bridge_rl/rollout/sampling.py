@@ -21,6 +21,7 @@ class SamplingParams:
 
     max_new_tokens: limit of each completion, EOS included.
     temperature: 0 is greedy; log-probs are then those of temperature 1.
+    seed: of all draws; those of a group depend on it and on the group's index alone.
     top_p, top_k: 1.0 and 0 switch them off. They choose tokens; the log-probs are of the full distribution.
     eos_token_id: one id or several; None: those of the model's generation config.
     stop_strings: a row ends with the token that completes one of them, which it keeps; they need a tokenizer.
@@ -51,7 +52,10 @@ class SamplingParams:
 
 
 def stream_seed(seed: int, purpose: Literal["training", "warmup", "evaluation", "refill"], number: int = 0) -> int:
-    """A seed for each use of a run's seed, so that no two of them draw the same uniforms. `number`: of the batch."""
+    """A seed for each use of a run's seed, so that no two of them draw alike. `number`: of the batch.
+
+    With `seed` 0 single groups still do: what numpy's SeedSequence makes of (number, index) is the same for some.
+    """
     purposes = ("training", "warmup", "evaluation", "refill")
     return (seed << 40) + (purposes.index(purpose) << 32) + number
 

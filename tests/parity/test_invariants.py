@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import ALL_FAMILIES, CORE_FAMILIES, make_base, make_bridged, switch_on
+from peft import LoraConfig, get_peft_model
 
 import bridge_rl as br
 from bridge_rl.surgery import group_width
@@ -159,6 +160,12 @@ def test_a_family_that_is_not_served_is_refused_by_name():
 def test_a_second_bridge_is_refused(bridged):
     with pytest.raises(ValueError, match="has a Bridge already"):
         br.attach_bridge(bridged, br.BridgeConfig())
+
+
+def test_a_bridge_behind_an_adapter_is_refused():
+    adapted = get_peft_model(make_base("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="wrapped by PEFT"):
+        br.attach_bridge(adapted, br.BridgeConfig())
 
 
 def test_a_disabled_bridge_asks_for_no_layout(bridged):

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import ALL_FAMILIES, make_base, make_bridged
@@ -135,6 +136,25 @@ def test_rows_with_limits_of_their_own_match_the_full_forward(bridged):
 
 def test_no_prompts_give_no_groups(bridged):
     assert br.generate_groups(bridged, [], 4, PARAMS) == []
+    assert br.group_logprobs(bridged, [], []) == []
+
+
+def test_the_full_forward_has_no_dropout_either():
+    model = make_bridged("llama", attention_dropout=0.5).train()
+    groups = br.generate_groups(model, PROMPTS, 4, PARAMS)
+    assert worst_difference(model, PROMPTS, groups) <= 1e-5
+    assert model.training
+
+
+def test_rows_that_were_never_begun_have_no_log_probs(bridged):
+    options = br.RolloutOptions(cancelled=lambda: True)
+    groups = br.generate_groups(bridged, PROMPTS[:1], 2, PARAMS, options=options)
+    assert br.group_logprobs(bridged, PROMPTS[:1], [group.tokens for group in groups]) == [[[], []]]
+
+
+def test_a_width_may_be_any_integer(bridged):
+    [group] = br.generate_groups(bridged, PROMPTS[:1], np.int64(3), PARAMS)
+    assert group == br.generate_groups(bridged, PROMPTS[:1], 3, PARAMS)[0]
 
 
 def test_a_family_that_is_not_served_is_refused():
@@ -293,6 +313,8 @@ def test_bad_sampling_params_are_refused(options, named):
 def test_an_empty_prompt_is_refused(bridged):
     with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
         br.generate_groups(bridged, [[5], []], 2, PARAMS)
+    with pytest.raises(ValueError, match="A prompt is empty"):
+        br.group_logprobs(bridged, [[5], []], [[[6]], [[7]]])
 
 
 @pytest.mark.parametrize(
