@@ -98,7 +98,9 @@ def load_bridge(
     """Load a model with its Bridge from any of the three kinds of directory.
 
     `base_model`: path, hub id or model to put the blocks into; by default the base named in the checkpoint.
-    Raises ValueError for a directory without a Bridge, a wrong base or damaged weights.
+    `from_pretrained_kwargs` load the base; the blocks keep the dtype that they were saved in, whatever the base's.
+    Raises ValueError for a directory without a Bridge, a base that is wrong or cannot be loaded, damaged weights, and
+    arguments that have no use.
     """
     directory = Path(directory)
     if not is_bridge_checkpoint(directory):
@@ -109,16 +111,18 @@ def load_bridge(
     if (directory / SHARDS_OF_ZERO).is_file() and not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} holds shards only: bridge-rl convert {directory} OUTPUT puts them together.")
     if not is_adapter and not (directory / WEIGHTS_FILE).is_file():
+        if base_model is not None:
+            raise UserError(f"{directory} holds the whole model: leave base_model out.")
         with _quietly():  # transformers would report every block as unexpected, and we load them next
             model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
-        return load_blocks(attach_bridge(model, config), _read_shards(directory), directory)
+        return _take_blocks(attach_bridge(model, config), _read_shards(directory), directory)
 
-    base = base_model or content["base"]
-    if isinstance(base, str):
-        if "quantization" in content:  # the base that it was trained on
-            quantization = BitsAndBytesConfig.from_dict(content["quantization"])
-            from_pretrained_kwargs.setdefault("quantization_config", quantization)
-        base = AutoModelForCausalLM.from_pretrained(base, **from_pretrained_kwargs)
+    if isinstance(base_model, PreTrainedModel):
+        if from_pretrained_kwargs:
+            raise UserError(f"{', '.join(from_pretrained_kwargs)}: of no use for a base_model that is loaded already.")
+        base = base_model
+    else:
+        base = _load_base(directory, base_model or content["base"], content.get("quantization"), from_pretrained_kwargs)
     found = fingerprint(base)
     if found != content["base_fingerprint"]:
         raise UserError(
@@ -129,8 +133,24 @@ def load_bridge(
     if is_adapter:
         from peft import PeftModel
 
+        cast_blocks(model, _dtype_of(_read_shards(directory)))  # PEFT copies into what is there
         return PeftModel.from_pretrained(model, directory)
-    return load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
+    return _take_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
+
+
+def _load_base(directory: Path, name: str, quantization: dict[str, Any] | None, options: dict[str, Any]) -> Any:
+    """The base that the blocks in `directory` go into, quantized as when they were trained."""
+    if not name:
+        raise UserError(f"{directory} does not name its base, which was no saved model: pass it as base_model.")
+    if quantization is not None:
+        options = {"quantization_config": BitsAndBytesConfig.from_dict(quantization), **options}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{directory} goes into the base {name}, which cannot be loaded ({reason}): pass where it is as base_model."
+        ) from error
 
 
 @contextmanager
@@ -161,11 +181,27 @@ def read_blocks(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(directory: Path) -> dict[str, Tensor]:
-    """The blocks in a full checkpoint, which may be sharded."""
+    """The blocks in a full checkpoint, which may be sharded, or in an adapter's."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         tensors |= {name: tensor for name, tensor in read_blocks(path).items() if ".bridge." in name}
     return tensors
+
+
+def _take_blocks(model: PreTrainedModel, tensors: dict[str, Tensor], source: Path) -> PreTrainedModel:
+    """`load_blocks` into blocks of the dtype of `tensors`."""
+    cast_blocks(model, _dtype_of(tensors))
+    return load_blocks(model, tensors, source)
+
+
+def _dtype_of(tensors: dict[str, Tensor]) -> torch.dtype | None:
+    return next((tensor.dtype for tensor in tensors.values()), None)
+
+
+def cast_blocks(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast the blocks in place; None leaves them as they are."""
+    for _, parameter in bridge_parameters(model):
+        parameter.data = parameter.data.to(dtype=dtype)
 
 
 def load_blocks(model: PreTrainedModel, tensors: dict[str, Tensor], source: Path) -> PreTrainedModel:

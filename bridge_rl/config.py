@@ -17,6 +17,9 @@ class ModelSection:
 
     path: hub id, directory, or `package://NAME/PATH` inside an installed Python package.
     gguf_file: a GGUF file at `path`, loaded dequantized.
+    revision, attn_implementation, trust_remote_code: as in `from_pretrained`.
+    chat_template_kwargs: variables of the chat template, such as {enable_thinking: false}; the tokenizer that is saved
+        with the model has them in its template.
     dtype: of the base weights (`float32`, `bfloat16`). Weights that are trained are kept in float32 either way.
     quantization: of a frozen base's linear layers but the head: `int8` or `nf4`, by bitsandbytes (the extra
         `quantized`). The Bridge is then one for the quantized base, and its checkpoint says so.
@@ -29,7 +32,13 @@ class ModelSection:
     quantization: Literal["int8", "nf4"] | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        for name in self.chat_template_kwargs:
+            if not name.isidentifier():
+                raise UserError(f"model.chat_template_kwargs has '{name}': use names of variables of the template.")
 
 
 @dataclass
@@ -38,6 +47,8 @@ class DataSource:
 
     path: hub id, a `.jsonl` or `.parquet` file, or `package.module:function`, which is called with `kwargs` and
         returns rows.
+    name, split, revision: of a data set on a hub, as in `load_dataset`.
+    problem_column, answer_column: where they are in a row.
     answer_pattern: a regular expression whose first group is the answer (GSM8K: `#### (.+)`); None: the whole column.
     check_answers: refuse (true) or `drop` rows whose answer math-verify cannot read; false for other checkers.
     size: use at most the first so many rows, after shuffling by the recipe's seed if `shuffle`.
@@ -59,7 +70,10 @@ class DataSource:
 
 @dataclass
 class DataSection:
-    """Training problems, problems held out for evaluation, and how a problem becomes a prompt."""
+    """Training problems, problems held out for evaluation, and how a problem becomes a prompt.
+
+    system_prompt: the chat's, if any. prompt: the user's turn, with `{problem}` where the problem goes.
+    """
 
     train: DataSource
     eval: DataSource | None = None
@@ -95,10 +109,11 @@ class RolloutSection:
     """Sampling in training.
 
     width: rows that think together (w). num_generations: completions of a prompt that share one baseline (G), a
-    multiple of the width. mask_truncated: completions cut at the limit stay visible to their siblings and out of the
-    loss. max_rows: rows sampled at once, by default all of a rank's. max_cache_tokens: tokens whose keys and values are
-    held at once, by default as many as free memory holds. cuda_graphs: as in `RolloutOptions`. dynamic_sampling: None
-    trains on every prompt that was sampled.
+    multiple of the width. max_new_tokens: of a completion, its EOS included. temperature: of the draws, and of the
+    log-probs in training; top_p and top_k must leave the distribution whole. mask_truncated: completions cut at the
+    limit stay visible to their siblings and out of the loss. max_rows: rows sampled at once, by default all of a
+    rank's. max_cache_tokens: tokens whose keys and values are held at once, by default as many as free memory holds.
+    cuda_graphs: as in `RolloutOptions`. dynamic_sampling: None trains on every prompt that was sampled.
     """
 
     width: int = 4
@@ -199,7 +214,7 @@ class RewardSection:
 
 @dataclass
 class LoraSection:
-    """PEFT's LoRA on the base, the blocks trained in full beside it."""
+    """PEFT's LoRA on the base, the blocks trained in full beside it. Keys as in `LoraConfig`, alpha its lora_alpha."""
 
     r: int = 16
     alpha: int = 32
@@ -218,7 +233,8 @@ class WarmupSection:
 
     data: problems to sample; None: the training problems. samples: completions a problem; a problem is used if at least
     `min_right` of them are right. mixed: beyond the paper, groups hold wrong completions too, with the loss on the
-    right rows only. groups_per_step: per rank. path: where the completions are written, and taken from if they exist.
+    right rows only. max_new_tokens: of a completion; None: as in the rollout. steps, learning_rate: of the SFT.
+    groups_per_step: per rank. path: where the completions are written, and taken from if they exist.
     """
 
     problems: int = 512
@@ -250,7 +266,8 @@ class EvaluationSection:
     """Sampling the held-out problems at several widths, in the loop and at the end.
 
     samples: completions a problem at each width, in samples / width groups (at least one): widths cost the same.
-    every: training steps between evaluations, None: at the end only.
+    every: training steps between evaluations, None: at the end only. temperature, top_p: of the draws. max_new_tokens:
+    of a completion; None: as in the rollout. max_rows: rows sampled at once.
     """
 
     widths: list[int] = field(default_factory=lambda: [1, 4])
@@ -284,7 +301,10 @@ class EvaluationSection:
 
 @dataclass
 class LoggingSection:
-    """Weights & Biases: `off`, `offline` or `online`. Without a key `online` goes offline and says so."""
+    """Weights & Biases: `off`, `offline` or `online`. Without a key `online` goes offline and says so.
+
+    project: its name there. name: the run's; None: that of output_dir.
+    """
 
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "bridge-rl"
@@ -326,6 +346,7 @@ class LaunchSection:
 class Recipe:
     """A whole run. `training` holds fields of TRL's GRPOConfig under their own names.
 
+    output_dir: where checkpoints, model, samples and the resolved recipe go. seed: of everything random in the run.
     resume: `auto` goes on from the last good checkpoint in output_dir if there is one, `never` refuses a directory that
     has checkpoints, anything else is the checkpoint to go on from. save_before: time since the process started, such as
     `3h50m`, before which the run saves a checkpoint and leaves with exit code 85.

@@ -1,12 +1,14 @@
 """Load what a recipe names: the model with its Bridge, its tokenizer, its rewards."""
 
+import asyncio
 import importlib.util
 import inspect
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial, update_wrapper
+from functools import update_wrapper, wraps
 from importlib.resources import files
 from numbers import Real
 from pathlib import Path
@@ -25,12 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bridge_rl.checkpoint import is_bridge_checkpoint, load_bridge, read_config
+from bridge_rl.checkpoint import cast_blocks, is_bridge_checkpoint, load_bridge, read_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.data import import_function
 from bridge_rl.errors import UserError
 from bridge_rl.reward_errors import failing_row
-from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state, has_bridge
+from bridge_rl.surgery import attach_bridge, find_state, has_bridge
 from bridge_rl.verify.answer import comparable_answer
 
 PACKAGE = "package://"
@@ -76,6 +78,17 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise _cannot_load(section, path, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if section.chat_template_kwargs:
+        if not isinstance(tokenizer.chat_template, str):
+            raise UserError(
+                f"model.chat_template_kwargs is set, but {section.path} has no chat template: leave it out."
+            )
+        # In the template itself, so that sampling, warm-up, evaluation and what loads the result have the same.
+        values = {
+            key: "none" if value is None else json.dumps(value) for key, value in section.chat_template_kwargs.items()
+        }
+        settings = "".join(f"{{%- set {key} = {value} -%}}" for key, value in values.items())
+        tokenizer.chat_template = settings + tokenizer.chat_template
     return tokenizer
 
 
@@ -181,6 +194,8 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
             "has little to shard."
         )
     model = load_model(recipe.model)
+    if hasattr(model, "peft_config"):
+        raise UserError(adapter_conflict(recipe.model))
     if has_bridge(model) and recipe.bridge is None:
         raise UserError(f"model.path: {recipe.model.path} carries a Bridge but bridge is null: leave bridge out.")
     if has_bridge(model) and find_state(model).config != recipe.bridge:
@@ -194,7 +209,18 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
     if recipe.model.quantization is not None and recipe.train == "bridge":
         # transformers trains such a model with PEFT's adapters only; here, the blocks are what is trained.
         model.is_quantized = False
-    return model if uses_deepspeed() else trained_in_float32(model, recipe.train)
+    if not uses_deepspeed():
+        return trained_in_float32(model, recipe.train)
+    if has_bridge(model):
+        cast_blocks(model, model.dtype)
+    return model
+
+
+def adapter_conflict(section: ModelSection) -> str:
+    return (
+        f"model.path: {section.path} is a LoRA adapter, which is not trained further: merge it (load_bridge, "
+        "merge_and_unload, save_bridge(..., merged=True)) and name the result."
+    )
 
 
 def trained_in_float32(model: PreTrainedModel, train: str) -> PreTrainedModel:
@@ -202,8 +228,7 @@ def trained_in_float32(model: PreTrainedModel, train: str) -> PreTrainedModel:
     if train == "full":
         model.float()
     elif has_bridge(model):
-        for _, parameter in bridge_parameters(model):
-            parameter.data = parameter.data.float()
+        cast_blocks(model, torch.float32)
     return model
 
 
@@ -261,10 +286,10 @@ def _load_file(path: str, key: str) -> ModuleType:
 def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..., Any]:
     """The function with its fixed keyword arguments; UserError if it does not return one value a row.
 
-    TRL awaits an `async` function itself, and counts its values.
+    An `async` one is awaited here, in one event loop of its own: TRL would in another thread, and others not at all.
     """
     if inspect.iscoroutinefunction(function):
-        return partial(function, **section.kwargs)
+        function = awaited(function)
 
     def reward(**columns: Any) -> list[float]:
         rows = len(columns["completions"] if "completions" in columns else columns["completion_ids"])
@@ -278,6 +303,16 @@ def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..
         return values
 
     return update_wrapper(reward, function)
+
+
+def awaited(function: Callable[..., Any]) -> Callable[..., Any]:
+    runner = asyncio.Runner()
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return runner.run(function(*args, **kwargs))
+
+    return run
 
 
 def call_users(

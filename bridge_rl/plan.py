@@ -21,8 +21,16 @@ from bridge_rl.data import FILE_FORMATS, import_function, is_function, load_prob
 from bridge_rl.errors import UserError
 from bridge_rl.memory import Memory, estimate
 from bridge_rl.memory_shapes import Parameters
-from bridge_rl.models import load_reward, load_tokenizer, model_config, quantization_config, resolve_path
+from bridge_rl.models import (
+    adapter_conflict,
+    load_reward,
+    load_tokenizer,
+    model_config,
+    quantization_config,
+    resolve_path,
+)
 from bridge_rl.presets import preset_config
+from bridge_rl.report import names
 from bridge_rl.rollout.request import known_positions
 from bridge_rl.safety import conflicts, guard_conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
@@ -35,6 +43,8 @@ MANAGED = {
     "reward_weights": "rewards.0.weight",
     "output_dir": "output_dir",
     "seed": "seed",
+    "resume_from_checkpoint": "resume",
+    "chat_template_kwargs": "model.chat_template_kwargs",
     "run_name": "logging.name",
     "eval_strategy": "evaluation.every",
     "eval_steps": "evaluation.every",
@@ -96,6 +106,9 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
     parameters, batches = count_parameters(config, recipe), work_out_batches(recipe)
     found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
     found += [*batch_conflicts(recipe, batches), *file_conflicts(recipe), *guard_conflicts(recipe, config)]
+    found += metric_conflicts(recipe)
+    if (Path(resolve_path(recipe.model.path)) / "adapter_config.json").is_file():
+        found.append(adapter_conflict(recipe.model))
     own_base = recipe.model.gguf_file or recipe.model.revision or is_bridge_checkpoint(resolve_path(recipe.model.path))
     if recipe.train == "full" and recipe.training.get("beta") and own_base:
         found.append(
@@ -244,6 +257,25 @@ def batch_conflicts(recipe: Recipe, batches: Batches) -> list[str]:
             f"rollout.num_generations {recipe.rollout.num_generations}: change training.per_device_train_batch_size."
         )
     return found
+
+
+def metric_conflicts(recipe: Recipe) -> Iterator[str]:
+    """What a run is to follow or keep the best of must be measured while it trains: transformers looks late."""
+    training, section = recipe.training, recipe.evaluation
+    metric = training.get("metric_for_best_model")
+    if metric is None and training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
+        metric = "loss"  # transformers' own
+    if metric is None:
+        return
+    evaluated = recipe.data.eval is not None and section.every is not None
+    measured = [names.evaluation(name, width) for name in names.EVALUATION for width in section.widths]
+    if not evaluated:
+        yield f"training.metric_for_best_model is {metric}, but nothing is evaluated in training: set evaluation.every."
+    elif f"eval_{metric.removeprefix('eval_')}" not in measured:
+        yield (
+            f"training.metric_for_best_model is {metric}, which is not measured (transformers takes loss where a "
+            f"schedule needs one): use one of {', '.join(measured)}."
+        )
 
 
 def quantization_conflicts(recipe: Recipe) -> Iterator[str]:

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from bridge_rl.trainer import BridgeGRPOTrainer
 
 # Numbers of the trainer and of its state that have no place in transformers' checkpoints, or change inside a step.
-OF_TRAINER = ("_step", "_total_loss_scalar", "_globalstep_last_logged", "_current_train_step_time", "current_flos")
+OF_TRAINER = (
+    "_step",
+    "_sampled_at",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+    "_current_train_step_time",
+    "current_flos",
+)
 OF_STATE = ("num_input_tokens_seen", "total_flos")
 
 

@@ -1,6 +1,5 @@
 """A user's reward that fails in the middle of a run: what it says, and how all ranks learn of it."""
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ class RewardFailed(UserError):  # noqa: N818
 
 def agreed(reward: Callable[..., Any]) -> Callable[..., Any]:
     """The reward, for a trainer whose ranks all call it equally often: what fails on one rank fails on all."""
-    if inspect.iscoroutinefunction(inspect.unwrap(reward)):  # TRL awaits it in a thread of its own
-        return reward
 
     def on_all(**columns: Any) -> Any:
         with together():

@@ -58,7 +58,8 @@ from bridge_rl.warmup import (
 # Keys that decide what is in a directory; going on with others would mix two runs without a sound.
 PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
 DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens")
-DECIDES_RUN = (*PROBLEMS, "train", "rollout")
+OF_ROLLOUT = ("width", "num_generations", "max_new_tokens", "temperature", "mask_truncated", "dynamic_sampling")
+DECIDES_RUN = (*PROBLEMS, "train", *(f"rollout.{key}" for key in OF_ROLLOUT))  # not memory, which changes no token
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -68,7 +69,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     args = training_arguments(recipe)
     checkpoint = checkpoint_to_resume(recipe.resume, output)
     if checkpoint is not None:
-        check_same_recipe(recipe, checkpoint.parent, DECIDES_RUN)
+        check_same_recipe(recipe, checkpoint.parent, deciding_keys(recipe))
     if recipe.warmup is not None:
         warm_up(recipe)
     start_tracking(recipe, resumed=checkpoint is not None)
@@ -237,6 +238,11 @@ def save_recipe(recipe: Recipe, directory: Path) -> None:
     """Write the resolved recipe beside what it made."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "recipe.yaml").write_text(recipe.to_yaml())
+
+
+def deciding_keys(recipe: Recipe) -> tuple[str, ...]:
+    """Of a run's checkpoints."""
+    return (*DECIDES_RUN, "lora") if recipe.train == "lora" else DECIDES_RUN
 
 
 def check_same_recipe(recipe: Recipe, directory: Path, keys: tuple[str, ...]) -> None:

@@ -18,9 +18,12 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers.trainer import OPTIMIZER_NAME_BIN
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from bridge_rl.checkpoint import SHARDS_OF_ZERO
 from bridge_rl.errors import UserError
+from bridge_rl.models import uses_deepspeed, uses_fsdp
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # being written, or being deleted: no good either way
@@ -33,14 +36,17 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
+def is_numbered(folder: Path) -> bool:
+    return folder.name.rpartition("-")[2].isdigit()
+
+
 def path_of(output: Path, step: int) -> Path:
     return output / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def numbered(output: Path) -> list[Path]:
     """Directories with the name of a checkpoint, oldest first; their content is not looked at."""
-    found = [folder for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=step_of)
+    return sorted(filter(is_numbered, output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), key=step_of)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -185,8 +191,8 @@ def checkpoint_to_resume(resume: str, output: Path) -> Path | None:
     """What a recipe's `resume` means here: `auto` the last good checkpoint, None if there is none; `never` None; or a
     path. Damaged and half-written checkpoints are said and set aside.
 
-    Raises UserError for `never` where there are checkpoints, for a path that is damaged or not the newest, and for a
-    checkpoint of another number of processes.
+    Raises UserError for `never` where there are checkpoints, for a path that is none, damaged or not the newest, and
+    for a checkpoint of another number of processes or another sharding.
     """
     found = _listed(output)
     if resume == "never":
@@ -203,10 +209,27 @@ def checkpoint_to_resume(resume: str, output: Path) -> Path | None:
                 f"{folder} was written by {written_by} process(es) and this run has {now}: completions that wait for "
                 f"their update belong to ranks, so start {written_by}, or set another output_dir."
             )
+        before, here = _sharding_of(folder), "ZeRO" if uses_deepspeed() else "FSDP" if uses_fsdp() else "neither"
+        if before != here:
+            raise UserError(
+                f"{folder} was written under {before} (of ZeRO and FSDP) and this run is under {here}, which would not "
+                "find the optimizer's state: launch as before, or set another output_dir."
+            )
     return folder
 
 
+def _sharding_of(folder: Path) -> str:
+    """By the file that the optimizer's state is in."""
+    if (folder / SHARDS_OF_ZERO).is_file():
+        return "ZeRO"
+    return "FSDP" if (folder / OPTIMIZER_NAME_BIN).is_file() else "neither"
+
+
 def _explicit(folder: Path, output: Path, found: list[Path]) -> Path:
+    if not is_numbered(folder):
+        raise UserError(
+            f"resume is {folder}: write 'auto', 'never', or a path that ends with {PREFIX_CHECKPOINT_DIR}-N."
+        )
     elsewhere = folder.parent.resolve() != output.resolve()
     later = [other for other in found if elsewhere or step_of(other) > step_of(folder)]
     if later:

@@ -19,6 +19,7 @@ _UNSAFE: tuple[tuple[str, Any, str], ...] = (
         False,
         "continuous batching gives siblings no common token step: leave it off, the rollout is ours",
     ),
+    ("use_transformers_paged", False, "as continuous batching: leave it off, the rollout is ours"),
     (
         "mask_truncated_completions",
         False,
@@ -50,8 +51,9 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
         if value != safe and not (safe in (None, False, 0) and not value):
             yield f"training.{key} is {value!r}: {reason}."
     accelerator = options.get("accelerator_config") or {}
-    split = accelerator.get("split_batches") if isinstance(accelerator, Mapping) else accelerator.split_batches
-    if split:
+    if isinstance(accelerator, str):
+        yield f"training.accelerator_config is {accelerator!r}: write what is in that file into the recipe."
+    elif accelerator.get("split_batches") if isinstance(accelerator, Mapping) else accelerator.split_batches:
         yield "training.accelerator_config.split_batches is on: it cuts batches inside groups, leave it off."
     if options.get("fsdp"):
         yield "training.fsdp is set: leave it out, and launch with --config_file launch/accelerate/fsdp2.yaml."
@@ -67,7 +69,9 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
 
 
 def check_safe(options: Mapping[str, Any], width: int) -> None:
-    """Raise UserError with the first of `conflicts`."""
+    """Raise UserError with the first of `conflicts`, and for no width."""
+    if width < 1:
+        raise UserError(f"width is {width}: it must be at least 1.")
     for conflict in conflicts(options, width):
         raise UserError(conflict)
 
@@ -95,6 +99,11 @@ def guard_conflicts(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
         yield (
             f"model.path: the base's {key} is {getattr(text, key):g}: {sentence}, set guards.max_rollout_kl=null or "
             f"{key} to 0 in its config.json."
+        )
+    if recipe.training.get("neftune_noise_alpha"):
+        yield (
+            "training.neftune_noise_alpha is set: training with noise computes other log-probs than the rollout, so "
+            "the guard cannot tell, set guards.max_rollout_kl=null or leave the noise out."
         )
     if recipe.model.quantization == "int8" and recipe.guards.max_rollout_kl < INT8_KL:
         yield (

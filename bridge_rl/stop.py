@@ -50,7 +50,7 @@ class Stop(TrainerCallback):
         self.signal: str | None = None
         self.stopping: str | None = None  # why, once all ranks agree
         self.saves: list[float] = []  # seconds each took
-        self.save_bytes = 0
+        self.save_bytes = 0  # of the next save, as far as is known
         self.longest_step = self.longest_update = self.step_began = self.update_began = self.signalled = 0.0
 
     @contextmanager
@@ -100,8 +100,8 @@ class Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     @contextmanager
-    def timing_save(self, size: int) -> Iterator[None]:
-        self.save_bytes, start = size, time.monotonic()
+    def timing_save(self) -> Iterator[None]:
+        start = time.monotonic()
         yield
         self.saves.append(time.monotonic() - start)
 

@@ -130,6 +130,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.evaluator = evaluator
         self._staging: Path | None = None  # where a checkpoint is being written
         self._sampled: dict[str, Tensor] | None = None
+        self._sampled_at: int | None = None  # the optimizer step before which the present batch was sampled
         self.generation = GenerationMeter()
         self.groups_before = 0  # over all ranks, those that were sampled before for the same generation batch
         self._ready: Sampled | None = None
@@ -170,6 +171,9 @@ class BridgeGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch as blocks [groups, width, ...]: its shuffle and split then act on whole groups."""
         self.generation, self.groups_before = GenerationMeter(), 0
+        self._sampled_at = self.state.global_step
+        if self.stop is not None:
+            self.stop.save_bytes = checkpoint_bytes(self)
         if self._dynamic is not None:
             inputs, self._ready = self._dynamic.sample(inputs)
         try:
@@ -200,7 +204,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         return self._loss_of_part(model, last, inputs) + done
 
     def _loss_of_part(self, model: Any, part: dict[str, Any], whole: dict[str, Any]) -> Tensor:
-        if self._step % self._generate_every < self.args.gradient_accumulation_steps:  # no update since the sampling
+        if self.state.global_step == self._sampled_at:  # no update since
             self._sampled = {"logps": part["sampling_per_token_logps"], "mask": part["completion_mask"]}
         loss = super()._compute_loss(model, part) * share_of_loss(self.loss_type, part, whole)
         return self._guards.watch_loss(loss)
@@ -340,11 +344,11 @@ class BridgeGRPOTrainer(GRPOTrainer):
         if self.evaluator is None:
             return {}
         self._resume.evaluation_due = self.is_in_train
-        if self.stop is not None and self.stop.stopping:  # the checkpoint will say that it is due
-            return {}
         training = self.model.training
         self.model.eval()  # TRL's log would otherwise empty the training metrics into this entry
         try:
+            if self.stop is not None and self.stop.stopping:  # the checkpoint will say that it is due
+                raise GivenUp
             metrics = self.evaluator(self)
             self.log(dict(metrics))
         except (GivenUp, RewardFailed) as why:
@@ -406,7 +410,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         folder, size = run_checkpoints.path_of(output, step), checkpoint_bytes(self)
         if folder.is_dir():  # this step's, from which the run has just gone on
             return
-        with self.stop.timing_save(size) if self.stop else nullcontext():
+        with self.stop.timing_save() if self.stop else nullcontext():
             with run_checkpoints.writing(
                 output, step, size, self.args.save_total_limit, self.state.best_global_step
             ) as self._staging:

@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 from conftest import make_base, make_bridged
+from peft import LoraConfig, get_peft_model
 
 import bridge_rl as br
+from bridge_rl.checkpoint import write_config
 from bridge_rl.fingerprint import fingerprint
 from bridge_rl.surgery import find_state, group_width
 
@@ -42,6 +44,49 @@ def test_a_bridge_goes_back_into_its_base(base_directory, tmp_path):
     assert torch.equal(logits(br.load_bridge(tmp_path / "bridge")), logits(model))
     moved = shutil.move(base_directory, str(tmp_path / "elsewhere"))
     assert torch.equal(logits(br.load_bridge(tmp_path / "bridge", moved)), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "merged", "adapter"])
+def test_blocks_keep_the_dtype_that_they_were_saved_in(kind, tmp_path):
+    """A bf16 base carries float32 blocks in training: rounded, they would be others than were trained."""
+    make_base("llama").save_pretrained(tmp_path / "base")
+    model = attach_to(str(tmp_path / "base"), torch.bfloat16)
+    for _, parameter in br.bridge_parameters(model):
+        parameter.data = torch.rand_like(parameter, dtype=torch.float32)
+    if kind == "adapter":
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["bridge"])
+        get_peft_model(model, config).save_pretrained(tmp_path / "saved")
+        write_config(model, tmp_path / "saved")
+    else:
+        br.save_bridge(model, tmp_path / "saved", merged=kind == "merged")
+    loaded = br.load_bridge(tmp_path / "saved", dtype=torch.bfloat16)
+    assert loaded.get_input_embeddings().weight.dtype == torch.bfloat16
+    ours, theirs = ([p.detach() for _, p in br.bridge_parameters(m)] for m in (loaded, model))
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_a_checkpoint_says_which_base_it_lacks(tmp_path):
+    br.save_bridge(make_bridged("llama"), tmp_path / "nameless")
+    with pytest.raises(ValueError, match="does not name its base"):
+        br.load_bridge(tmp_path / "nameless")
+    make_base("llama").save_pretrained(tmp_path / "base")
+    br.save_bridge(attach_to(str(tmp_path / "base")), tmp_path / "bridge")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"goes into the base .* cannot be loaded .* base_model"):
+        br.load_bridge(tmp_path / "bridge")
+
+
+def test_what_would_be_ignored_is_refused(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    model = attach_to(str(tmp_path / "base"))
+    br.save_bridge(model, tmp_path / "bridge")
+    br.save_bridge(model, tmp_path / "full", merged=True)
+    with pytest.raises(ValueError, match="dtype: of no use"):
+        br.load_bridge(tmp_path / "bridge", make_base("llama"), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="leave base_model out"):
+        br.load_bridge(tmp_path / "full", make_base("llama"))
 
 
 def test_a_full_checkpoint_keeps_its_bridge(base_directory, tmp_path):

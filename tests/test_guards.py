@@ -239,6 +239,20 @@ def test_a_rollout_that_is_not_what_is_trained_stops_before_the_update(tokenizer
     assert_same_state(resumed.states[-1], whole.states[-1])
 
 
+def test_an_update_in_the_middle_of_a_generation_batch_is_no_difference(tokenizer, tmp_path, monkeypatch):
+    """Three micro-batches are sampled at once and two make an update: the second batch begins inside one."""
+    monkeypatch.setattr(
+        "test_guards.reward_of_tokens", lambda completion_ids, **_: [sum(x) % 2 for x in completion_ids]
+    )
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 3}
+    trainer = make_trainer(tokenizer, tmp_path, max_steps=5, **batch)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if names.RECOMPUTE_KL in entry]
+    assert len(logged) >= 3
+    assert max(entry[names.RECOMPUTE_KL] for entry in logged) < 1e-6
+    assert max(entry["grad_norm"] for entry in logged) > 0
+
+
 def test_without_a_threshold_any_rollout_is_trained(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, GuardsSection(max_rollout_kl=None), breaks={0: "logps"}, max_steps=1)
     trainer.train()

@@ -1,18 +1,23 @@
 """What a recipe will do, by hand; what is refused; and that a plan needs neither weights nor a network."""
 
 import os
+import re
 import socket
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_base
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import bridge_rl as br
 from bridge_rl import safety
+from bridge_rl.checkpoint import write_config
 from bridge_rl.cli import main
 from bridge_rl.config import load_recipe
 from bridge_rl.errors import UserError
+from bridge_rl.models import load_policy
 from bridge_rl.plan import Batches, check, count_parameters, make_plan, work_out_batches
 from bridge_rl.presets import BRIDGES, LLAMA_8B, QWEN_1_5B, QWEN_7B, preset_config
 
@@ -249,6 +254,7 @@ def test_a_run_stops_at_the_first_conflict_and_counts_them():
 
 UNSAFE = {
     "use_vllm": True,
+    "use_transformers_paged": True,
     "use_transformers_continuous_batching": True,
     "mask_truncated_completions": True,
     "top_p": 0.9,
@@ -296,6 +302,50 @@ def test_cutting_groups_is_a_conflict():
     assert found.startswith("training.num_generations is 6, which splits groups")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["training.resume_from_checkpoint=runs/x/checkpoint-3"],
+            "training.resume_from_checkpoint is decided elsewhere",
+        ),
+        (["training.chat_template_kwargs={a: 1}"], "use model.chat_template_kwargs"),
+        (["training.accelerator_config=file.json"], "write what is in that file into the recipe"),
+        (["training.neftune_noise_alpha=5"], "training with noise computes other log-probs"),
+        (["training.metric_for_best_model=pass@1", "evaluation.every=5"], "is not measured .* eval_pass@1/w4"),
+        (["training.metric_for_best_model=eval_pass@1/w4", "evaluation.every=null"], "set evaluation.every"),
+        (["training.lr_scheduler_type=reduce_lr_on_plateau", "evaluation.every=5"], "metric_for_best_model is loss"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_late_is_a_conflict(overrides, expected):
+    [found] = make_plan(load_recipe(TINY, overrides)).conflicts
+    assert re.search(expected, found)
+
+
+def test_a_metric_that_is_measured_may_choose_the_best():
+    options = ["training.metric_for_best_model=pass@1/w4", "evaluation.every=5", "guards.max_rollout_kl=null"]
+    assert make_plan(load_recipe(TINY, [*options, "training.neftune_noise_alpha=5"])).conflicts == []
+
+
+def test_an_adapter_is_not_trained_further(tmp_path):
+    save_adapter(tmp_path)
+    recipe = load_recipe(TINY, [f"model.path={tmp_path}", "bridge={num_heads: 2, head_dim: 8}"])
+    [found] = make_plan(recipe).conflicts
+    assert f"{tmp_path} is a LoRA adapter, which is not trained further: merge it" in found
+    with pytest.raises(UserError, match="merge it"):
+        load_policy(recipe)
+
+
+def save_adapter(directory):
+    """A checkpoint as a run with train=lora leaves it."""
+    make_base("llama").save_pretrained(directory / "base")
+    model = br.attach_bridge(
+        AutoModelForCausalLM.from_pretrained(directory / "base"), br.BridgeConfig(num_heads=2, head_dim=8)
+    )
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["bridge"])).save_pretrained(directory)
+    write_config(model, directory)
+
+
 def test_trl_options_as_they_are_by_default_are_no_conflict():
     from trl import GRPOConfig
 
@@ -307,6 +357,8 @@ def test_trl_options_as_they_are_by_default_are_no_conflict():
 def test_checking_raises_the_first_conflict():
     with pytest.raises(UserError, match=r"training\.use_vllm is True"):
         safety.check_safe({"use_vllm": True, "top_k": 5}, 4)
+    with pytest.raises(UserError, match="width is 0"):
+        safety.check_safe({}, 0)
 
 
 def test_a_generation_batch_that_splits_a_prompt_is_a_conflict():

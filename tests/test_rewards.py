@@ -126,16 +126,23 @@ def test_another_reward_may_say_who_solves_and_logs_nothing_for_it():
         load("rewards/set_aware.py:sole_solver", judge="rewards/nobody.py:correct")(completions=[right], **rows)
 
 
-def test_an_async_reward_stays_async_for_trl_to_await(tmp_path):
-    import asyncio
-
+def test_an_async_reward_is_awaited_in_one_loop_and_fails_as_others_do(tmp_path):
     from bridge_rl.config import RewardSection
     from bridge_rl.models import load_reward
 
-    source = "async def score(completions, scale, **kwargs):\n    return [scale] * len(completions)\n"
-    (tmp_path / "judge.py").write_text(source)
+    (tmp_path / "judge.py").write_text(
+        "import asyncio\n\nloops = []\n\n"
+        "async def score(completions, scale, **kwargs):\n"
+        "    await asyncio.sleep(0)\n"
+        "    loops.append(asyncio.get_running_loop())\n"
+        "    assert all(loop is loops[0] for loop in loops)\n"
+        "    return [scale / len(text) for text in completions]\n"
+    )
     reward = load_reward(RewardSection(f"{tmp_path / 'judge.py'}:score", kwargs={"scale": 2.0}), 0)
-    assert asyncio.run(reward(completions=["a", "b"])) == [2.0, 2.0]
+    assert reward(completions=["a", "bb"]) == [2.0, 1.0]
+    assert reward(completions=["a"]) == [2.0]
+    with pytest.raises(UserError, match=r"ZeroDivisionError in line 9 of .*judge.py at row 1 \(''\)"):
+        reward(completions=["a", ""])
 
 
 def test_the_verdict_of_every_row_is_given_to_log_extra():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ import yaml
 
 import bridge_rl as br
 from bridge_rl.cli import main
-from bridge_rl.config import load_recipe
+from bridge_rl.config import ModelSection, load_recipe
+from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import read_results
 from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.resume import file_of
+from bridge_rl.run import check_same_recipe, deciding_keys, save_recipe
 from bridge_rl.run_checkpoints import MANIFEST, _seal
 
 SMALL = [
@@ -105,6 +109,40 @@ def test_another_recipe_does_not_take_up_the_warmup(finished, capsys):
     with pytest.raises(SystemExit):
         main(["warmup", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={finished}", "data.train.kwargs.seed=5"])
     assert "another 'data.train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [
+        ([], ["rollout.width=8"], "rollout.width"),
+        (["train=lora"], ["train=lora", "lora.alpha=8"], "lora"),
+        ([], ["lora.alpha=8"], None),  # which is not trained
+        ([], ["rollout.max_rows=64", "rollout.max_cache_tokens=9000"], None),  # which is what memory asks for
+    ],
+)
+def test_a_run_goes_on_with_a_recipe_that_samples_and_trains_the_same(before, now, key, tmp_path):
+    save_recipe(load_recipe("recipes/tiny_arith.yaml", before), tmp_path)
+    recipe = load_recipe("recipes/tiny_arith.yaml", now)
+    with pytest.raises(UserError, match=f"another '{key}'") if key else nullcontext():
+        check_same_recipe(recipe, tmp_path, deciding_keys(recipe))
+
+
+def test_variables_of_the_chat_template_go_with_the_tokenizer(tmp_path):
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    tokenizer.chat_template = (
+        "{%- for message in messages %}{{ message.content }}{% endfor %}"
+        "{%- if think is defined and think is false %}={% endif %}{{ [none_given, digits] }}"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"think": False, "digits": [1, "2"], "none_given": None}
+    loaded = load_tokenizer(ModelSection(str(tmp_path / "base"), chat_template_kwargs=options))
+    loaded.save_pretrained(tmp_path / "trained")
+    chat = [{"role": "user", "content": "1"}]
+    for one in (loaded, load_tokenizer(ModelSection(str(tmp_path / "trained")))):
+        assert one.apply_chat_template(chat, tokenize=False) == "1=[None, [1, '2']]"
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="base has no chat template"):
+        load_tokenizer(ModelSection(str(tmp_path / "base"), chat_template_kwargs=options))
 
 
 def test_the_warmup_of_a_recipe_that_did_not_know_a_key_yet_is_taken(finished, tmp_path, capsys):

@@ -20,10 +20,12 @@ def one_process():
     PartialState(cpu=True)
 
 
-def write(output: Path, step: int, keep: int | None = None, size: int = 1000) -> Path:
+def write(output: Path, step: int, more: str = "", keep: int | None = None, size: int = 1000) -> Path:
     with writing(output, step, size, keep) as staging:
         folder = staging / f"checkpoint-{step}"
         (folder / "global_step").mkdir()
+        if more:
+            (folder / more).touch()
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         (folder / "global_step" / "rank_0.pt").write_bytes(bytes(range(256)) * step)
     return output / f"checkpoint-{step}"
@@ -198,6 +200,29 @@ def test_a_path_is_where_a_run_goes_on_unless_there_is_more_to_lose(tmp_path):
     assert checkpoint_to_resume(str(first), tmp_path / "new") == first
     with pytest.raises(UserError, match="has checkpoint-2 already: set resume=auto"):
         checkpoint_to_resume(str(first), tmp_path / "a")
+    with pytest.raises(UserError, match="a path that ends with checkpoint-N"):
+        checkpoint_to_resume(str(tmp_path / "a" / "latest"), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "variable", "now"),
+    [
+        ("latest", "ZeRO", "", "neither"),
+        ("optimizer.bin", "FSDP", "", "neither"),
+        ("optimizer.pt", "neither", "ACCELERATE_USE_DEEPSPEED", "ZeRO"),
+        ("latest", "ZeRO", "ACCELERATE_USE_FSDP", "FSDP"),
+    ],
+)
+def test_another_sharding_is_refused(file, before, variable, now, tmp_path, monkeypatch):
+    """transformers would not find the optimizer's state, and go on without."""
+    folder = write(tmp_path, 1, file)
+    if variable:
+        monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=rf"was written under {before} \(.*\) and this run is under {now}"):
+        checkpoint_to_resume("auto", tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(before == "ZeRO").lower())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(before == "FSDP").lower())
+    assert checkpoint_to_resume("auto", tmp_path) == folder
 
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):

@@ -6,13 +6,18 @@ import subprocess
 import sys
 
 import pytest
-from transformers import TrainerControl
+from conftest import make_bridged
+from datasets import Dataset
+from trainers import PROMPTS, quiet_config, reward_of_tokens
+from transformers import TrainerCallback, TrainerControl
 
 from bridge_rl import stop as stop_module
-from bridge_rl.config import load_recipe
-from bridge_rl.errors import UserError
+from bridge_rl.config import ModelSection, load_recipe
+from bridge_rl.errors import Stopped, UserError
+from bridge_rl.models import load_tokenizer
 from bridge_rl.report.tracking import run_id
 from bridge_rl.stop import Stop, parse_duration
+from bridge_rl.trainer import BridgeGRPOTrainer
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,50 @@ def test_until_a_save_was_timed_a_slow_disk_is_assumed(monkeypatch):
     assert not stop.asked()
     at(monkeypatch, stop, 900)
     assert stop.asked()
+
+
+def make_trainer(stop, directory, evaluator=None, **options):
+    return BridgeGRPOTrainer(
+        make_bridged("llama"),
+        [reward_of_tokens],
+        quiet_config(directory, max_steps=2, **options),
+        width=4,
+        stop=stop,
+        evaluator=evaluator,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=load_tokenizer(ModelSection("package://bridge_rl/tiny/model")),
+    )
+
+
+class SignalInUpdate(TrainerCallback):
+    def __init__(self, stop):
+        self.stop = stop
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.stop.signal = "SIGTERM"
+
+
+def test_a_stop_at_a_step_that_is_evaluated_saves_though_the_best_is_kept(tmp_path):
+    stop = Stop()
+    best = {"metric_for_best_model": "pass@1/w4", "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(stop, tmp_path, evaluator=lambda trainer: {"eval_pass@1/w4": 0.5}, **best)
+    trainer.add_callback(SignalInUpdate(stop))
+    with pytest.raises(Stopped, match="checkpoint-1 is whole"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "manifest.json").is_file()
+    resumed = make_trainer(Stop(), tmp_path, evaluator=lambda trainer: {"eval_pass@1/w4": 0.5}, **best)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [entry["step"] for entry in resumed.state.log_history if "eval_pass@1/w4" in entry] == [1, 2]
+
+
+def test_a_save_is_reckoned_with_before_the_first(tmp_path):
+    stop = Stop()
+    trainer = make_trainer(stop, tmp_path)
+    trainer.train()
+    assert stop.saves == []
+    blocks = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    assert stop.save_bytes >= 3 * blocks  # with Adam's two moments
 
 
 def test_without_limit_and_signal_nothing_is_asked(monkeypatch):
