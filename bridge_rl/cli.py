@@ -171,7 +171,9 @@ def run_recipe(args: argparse.Namespace) -> None:
         print(describe(recipe, plan), flush=True)
     from bridge_rl.run import train, warm_up
 
-    if args.command == "warmup":
+    if args.command == "warmup" and recipe.warmup is None:
+        print("nothing to warm up: this recipe has no Bridge, or warmup is null", flush=True)
+    elif args.command == "warmup":
         warm_up(recipe)
     else:
         train(recipe)

@@ -9,7 +9,8 @@ import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.checkpoint import CARD, CONFIG_FILE, SHARDS_OF_ZERO, read_config, save_blocks
@@ -35,16 +36,17 @@ def convert(checkpoint: Path, output: Path) -> None:
     if (checkpoint / MANIFEST).is_file() and (problem := problem_of(checkpoint)) is not None:
         raise UserError(f"{problem}: name another checkpoint.")
     is_adapter, is_full = ((checkpoint / name).is_file() for name in ("adapter_config.json", "config.json"))
+    model = skeleton(checkpoint) if is_adapter or is_full else None
     tensors = read_zero(checkpoint, trained_only=not is_full)
     output.mkdir(parents=True)
     copy_rest(checkpoint, output)
-    if is_adapter:
-        model = get_peft_model(skeleton(checkpoint), PeftConfig.from_pretrained(checkpoint))
-        save_file(get_peft_model_state_dict(model, tensors), output / "adapter_model.safetensors", {"format": "pt"})
-    elif is_full:
-        skeleton(checkpoint).save_pretrained(output, state_dict=tensors)
-    else:
+    if model is None:
         save_blocks(tensors, output)
+    elif is_adapter:
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(checkpoint))
+        save_file(get_peft_model_state_dict(adapted, tensors), output / "adapter_model.safetensors", {"format": "pt"})
+    else:
+        model.save_pretrained(output, state_dict=tensors)
 
 
 def read_zero(checkpoint: Path, trained_only: bool) -> dict[str, Tensor]:
@@ -64,9 +66,19 @@ def read_zero(checkpoint: Path, trained_only: bool) -> dict[str, Tensor]:
 def skeleton(checkpoint: Path) -> PreTrainedModel:
     """The model in float32 with its blocks and without weights, for the names that its library gives them in files."""
     content = read_config(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint if (checkpoint / "config.json").is_file() else content["base"])
+    source = checkpoint if (checkpoint / "config.json").is_file() else content["base"]
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{checkpoint} goes into the base {source}, whose configuration cannot be loaded ({reason}): put it there."
+        ) from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (checkpoint / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)  # else it is made from `config`
+    with torch.device("meta"):
         return attach_bridge(model, BridgeConfig(**content["bridge"]))
 
 

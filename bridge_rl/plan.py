@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from trl import GRPOConfig
 
-from bridge_rl.checkpoint import is_bridge_checkpoint
+from bridge_rl.checkpoint import is_bridge_checkpoint, read_config
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import FILE_FORMATS, import_function, is_function, load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
@@ -34,6 +34,7 @@ from bridge_rl.report import names
 from bridge_rl.rollout.request import known_positions
 from bridge_rl.safety import conflicts, guard_conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
+from bridge_rl.update import part_conflicts
 
 # Fields of GRPOConfig that another section of the recipe decides.
 MANAGED = {
@@ -44,6 +45,10 @@ MANAGED = {
     "output_dir": "output_dir",
     "seed": "seed",
     "resume_from_checkpoint": "resume",
+    "model_init_kwargs": "model.dtype, model.revision or model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code",
+    "activation_checkpointing": "training.gradient_checkpointing",  # the older name, which TRL and the plan read
+    "activation_checkpointing_kwargs": "training.gradient_checkpointing_kwargs",
     "chat_template_kwargs": "model.chat_template_kwargs",
     "run_name": "logging.name",
     "eval_strategy": "evaluation.every",
@@ -104,11 +109,17 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
     check_types(recipe)
     config = preset_config(recipe.model.path) or model_config(recipe.model)
     parameters, batches = count_parameters(config, recipe), work_out_batches(recipe)
-    found = [*unknown_options(recipe), *conflicts(recipe.training, recipe.rollout.width)]
+    found = [
+        *unknown_options(recipe),
+        *conflicts({"per_device_train_batch_size": 8, **recipe.training}, recipe.rollout.width),
+    ]
     found += [*batch_conflicts(recipe, batches), *file_conflicts(recipe), *guard_conflicts(recipe, config)]
-    found += metric_conflicts(recipe)
-    if (Path(resolve_path(recipe.model.path)) / "adapter_config.json").is_file():
-        found.append(adapter_conflict(recipe.model))
+    found += [*metric_conflicts(recipe), *part_conflicts(recipe.training, config, recipe.update)]
+    found += checkpoint_conflicts(recipe)
+    if recipe.train == "lora" and recipe.training.get("cast_lm_head_to_fp32") and parameters.tied:
+        found.append(
+            "training.cast_lm_head_to_fp32 with train=lora: TRL cannot where the embedding is the head, leave it."
+        )
     own_base = recipe.model.gguf_file or recipe.model.revision or is_bridge_checkpoint(resolve_path(recipe.model.path))
     if recipe.train == "full" and recipe.training.get("beta") and own_base:
         found.append(
@@ -125,7 +136,8 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
         )
     read = longest_prompt(recipe) if read_data and not found else None
     prompt = read or ASSUMED_PROMPT_TOKENS
-    groups = (batches.groups_per_micro_batch, batches.groups_per_rank)
+    # At least one, where a conflict says that a batch splits it.
+    groups = (max(1, batches.groups_per_micro_batch), max(1, batches.groups_per_rank))
     memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt, planned_for_gpu(recipe))
     return Plan(batches, parameters, memory, prompt, read is not None, found)
 
@@ -276,6 +288,15 @@ def metric_conflicts(recipe: Recipe) -> Iterator[str]:
             f"training.metric_for_best_model is {metric}, which is not measured (transformers takes loss where a "
             f"schedule needs one): use one of {', '.join(measured)}."
         )
+
+
+def checkpoint_conflicts(recipe: Recipe) -> Iterator[str]:
+    """What a checkpoint with a Bridge, as the model, cannot be trained as."""
+    path = Path(resolve_path(recipe.model.path))
+    if (path / "adapter_config.json").is_file():
+        yield adapter_conflict(recipe.model)
+    if is_bridge_checkpoint(path) and "quantization" in read_config(path) and recipe.model.quantization is None:
+        yield f"model.path: {recipe.model.path} was trained on a quantized base: set model.quantization as it was."
 
 
 def quantization_conflicts(recipe: Recipe) -> Iterator[str]:

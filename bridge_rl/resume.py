@@ -63,7 +63,13 @@ def restore(trainer: "BridgeGRPOTrainer", saved: dict[str, Any]) -> None:
             f"training: rows, accumulation and updates of a generation batch are {now['batch']}, and in the checkpoint "
             f"{saved['batch']}, in the middle of one: set them back, or another output_dir."
         )
-    trainer._buffered_inputs = saved["buffered_inputs"]
+    waiting = saved["buffered_inputs"]
+    if waiting and trainer.beta != 0.0 and "ref_per_token_logps" not in waiting[0]:
+        raise UserError(
+            f"training.beta is {trainer.beta:g}, and the completions that wait in the checkpoint have no log-probs of "
+            "a reference: set it back to 0, or another output_dir."
+        )
+    trainer._buffered_inputs = waiting
     for name, value in saved["trainer"].items():
         setattr(trainer, name, value)
     for name, value in saved["state"].items():
@@ -133,8 +139,9 @@ class Resume(TrainerCallback):
             # In two steps: torch does not load to the device `cpu:0`, which accelerate gives a rank.
             saved = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.trainer.args.device)
             restore(self.trainer, saved)
-            if saved["evaluation_due"]:
-                self.trainer.evaluate()
+            if saved["evaluation_due"]:  # with all that transformers does behind one; the checkpoint is there already
+                metrics = self.trainer._evaluate(None, None)
+                self.trainer._determine_best_metric(metrics, None)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 from trl import GRPOConfig
 
 from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
@@ -59,7 +59,12 @@ from bridge_rl.warmup import (
 PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
 DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens")
 OF_ROLLOUT = ("width", "num_generations", "max_new_tokens", "temperature", "mask_truncated", "dynamic_sampling")
-DECIDES_RUN = (*PROBLEMS, "train", *(f"rollout.{key}" for key in OF_ROLLOUT))  # not memory, which changes no token
+DECIDES_RUN = (
+    *PROBLEMS,
+    "train",
+    "training.optim",
+    *(f"rollout.{key}" for key in OF_ROLLOUT),
+)  # not memory, which changes no token
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -67,6 +72,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     prepare_distributed(recipe)
     output = Path(recipe.output_dir)
     args = training_arguments(recipe)
+    check_optimizer(args)
     checkpoint = checkpoint_to_resume(recipe.resume, output)
     if checkpoint is not None:
         check_same_recipe(recipe, checkpoint.parent, deciding_keys(recipe))
@@ -293,7 +299,7 @@ def prepare_distributed(recipe: Recipe) -> None:
 def device_arguments(recipe: Recipe) -> dict[str, Any]:
     """Where and in what precision to run: bf16 on a GPU, fp32 on CPU (over gloo with several processes)."""
     if torch.cuda.is_available():
-        return {"bf16": recipe.training.get("bf16", True)}
+        return {"bf16": recipe.training.get("bf16", not recipe.training.get("fp16"))}
     if uses_deepspeed():
         # With use_cpu accelerate would believe in a world of one process.
         return {"bf16": False, "use_cpu": False, "ddp_backend": "gloo"}
@@ -327,6 +333,24 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
         return GRPOConfig(**{**options, **recipe.training, **decided})
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+def check_optimizer(args: GRPOConfig) -> None:
+    """Raise UserError, before anything is computed, for an optimizer or a schedule that could not be made later."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise UserError(f"training.optim is {args.optim.value}: {' '.join(str(error).split())}") from error
+    except ValueError:
+        pass  # of those that need the model
+    schedule, optimizer = args.lr_scheduler_type, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    try:
+        get_scheduler(schedule, optimizer, 0, 10, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"training.lr_scheduler_type is {schedule.value} with training.lr_scheduler_kwargs "
+            f"{args.lr_scheduler_kwargs}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:

@@ -41,9 +41,9 @@ from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.safety import check_fsdp, check_safe
 from bridge_rl.stop import GivenUp, Stop
-from bridge_rl.surgery import disable_bridge, find_state, freeze_base, has_bridge
+from bridge_rl.surgery import bridge_parameters, disable_bridge, find_state, freeze_base, has_bridge
 from bridge_rl.training_rollout import lockstep_rollout
-from bridge_rl.update import accumulating, backward, check_parts, parts_of, rows_of_parts, share_of_loss
+from bridge_rl.update import accumulating, backward, part_conflicts, parts_of, rows_of_parts, share_of_loss
 
 
 class EpochSampler(RepeatSampler):
@@ -126,6 +126,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         if stop is not None:
             self.rollout_options = replace(rollout_options or RolloutOptions(), cancelled=stop.asked)
         self.update = update or UpdateSection()
+        for conflict in part_conflicts(vars(args), model.config, self.update):
+            raise UserError(conflict)
         self._own_attention = model.config.get_text_config()._attn_implementation
         self.evaluator = evaluator
         self._staging: Path | None = None  # where a checkpoint is being written
@@ -146,14 +148,16 @@ class BridgeGRPOTrainer(GRPOTrainer):
             args.beta = 0.0  # or TRL would load a second model
         # TRL turns checkpoints of LoRA under ZeRO-3 into reentrant ones, for a DeepSpeed older than we need.
         checkpointing, args.gradient_checkpointing_kwargs = args.gradient_checkpointing_kwargs, None
+        blocks = [parameter.detach().clone() for parameter in blocks_on_quantized(model)]
         super().__init__(model, reward_funcs, args, rollout_func=lockstep_rollout, **kwargs)
         args.gradient_checkpointing_kwargs = checkpointing
+        if blocks:
+            self._train_in_float32(blocks)
         if uses_fsdp():
             check_fsdp(self.accelerator)
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)
-        check_parts(self, self.update)
         for module in (self.model, self.ref_model):
             if isinstance(module, torch.nn.Module):
                 serve_packed(self.accelerator.unwrap_model(module))
@@ -165,6 +169,14 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.add_callback(self._resume)
         if stop is not None:
             self.add_callback(stop)
+
+    def _train_in_float32(self, blocks: list[Tensor]) -> None:
+        """TRL rounds what is trained on a quantized base to bf16, in which AdamW's small steps vanish."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        for (_, parameter), before in zip(bridge_parameters(self.model), blocks, strict=True):
+            parameter.data.copy_(before)
 
     # -- whole groups -------------------------------------------------------------------------------------------------
 
@@ -455,6 +467,12 @@ class BridgeGRPOTrainer(GRPOTrainer):
         """Whether no step has been taken since the checkpoint from which the run went on."""
         checkpoint = self._resume.checkpoint
         return checkpoint is not None and run_checkpoints.step_of(checkpoint) == self.state.global_step
+
+
+def blocks_on_quantized(model: PreTrainedModel) -> list[Tensor]:
+    """The blocks of a model whose base is in 8 or 4 bits, else none."""
+    quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    return [parameter for _, parameter in bridge_parameters(model)] if quantized else []
 
 
 def _is_per_row(x: Any) -> bool:

@@ -6,7 +6,7 @@ However a micro-batch is cut, its loss and gradients are those of the whole: the
 division by what it is given.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,23 +14,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
-from trl import GRPOTrainer
+from transformers import PreTrainedConfig
 
 from bridge_rl.config import UpdateSection
-from bridge_rl.errors import UserError
 from bridge_rl.group import rows_of_groups, split_rows
 
 
-def check_parts(trainer: GRPOTrainer, options: UpdateSection) -> None:
-    """Raise UserError for options whose loss is not a sum over groups, and so cannot be computed in parts."""
+def part_conflicts(training: Mapping[str, Any], config: PreTrainedConfig, options: UpdateSection) -> Iterator[str]:
+    """Options whose loss is not a sum over groups, and so cannot be computed in parts. `config`: the model's."""
+    if options.token_budget is None:
+        return
+    text, of_router = config.get_text_config(), training.get("router_aux_loss_coef")
+    if of_router is None:
+        of_router = getattr(text, "router_aux_loss_coef", 0.0)  # as TRL does
     whole = {
-        "entropy_coef": trainer._entropy_bonus_enabled,
-        "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
-        "router_aux_loss_coef": trainer.aux_loss_enabled,
+        "entropy_coef": training.get("entropy_coef", 0.0) != 0.0,
+        "use_adaptive_entropy": training.get("use_adaptive_entropy", False),
+        "top_entropy_quantile": training.get("top_entropy_quantile", 1.0) < 1.0,
+        "router_aux_loss_coef": hasattr(text, "output_router_logits") and of_router != 0.0,
     }
     for key, is_on in whole.items():
-        if is_on and options.token_budget is not None:
-            raise UserError(
+        if is_on:
+            yield (
                 f"update.token_budget is set with training.{key}, which is computed over a whole micro-batch: leave "
                 "one of them out, and use training.gradient_accumulation_steps against memory."
             )

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 import bridge_rl as br
 from bridge_rl.checkpoint import write_config
+from bridge_rl.convert import convert
 from bridge_rl.fingerprint import fingerprint
 from bridge_rl.surgery import find_state, group_width
 
@@ -65,6 +66,28 @@ def test_blocks_keep_the_dtype_that_they_were_saved_in(kind, tmp_path):
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_conversion_keeps_all_eos_ids(tmp_path, monkeypatch):
+    model = make_bridged("llama")
+    model.generation_config.eos_token_id = [2, 3]
+    br.save_bridge(model, tmp_path / "full", merged=True)
+    monkeypatch.setattr("bridge_rl.convert.read_zero", lambda checkpoint, trained_only: model.state_dict())
+    convert(tmp_path / "full", tmp_path / "whole")
+    assert br.load_bridge(tmp_path / "whole").generation_config.eos_token_id == [2, 3]
+
+
+def test_conversion_without_the_base_leaves_nothing(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    model = attach_to(str(tmp_path / "base"))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["bridge"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    write_config(model, tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"goes into the base .*base, whose configuration cannot be loaded"):
+        convert(tmp_path / "adapter", tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
 
 
 def test_a_checkpoint_says_which_base_it_lacks(tmp_path):

@@ -1,5 +1,6 @@
 """What a recipe will do, by hand; what is refused; and that a plan needs neither weights nor a network."""
 
+import json
 import os
 import re
 import socket
@@ -265,6 +266,9 @@ UNSAFE = {
     "use_liger_kernel": True,
     "sync_ref_model": True,
     "save_only_model": True,
+    "enable_jit_checkpoint": True,
+    "save_on_each_node": True,
+    "remove_unused_columns": True,
     "ignore_data_skip": True,
     "auto_find_batch_size": True,
     "load_best_model_at_end": True,
@@ -315,6 +319,14 @@ def test_cutting_groups_is_a_conflict():
         (["training.metric_for_best_model=pass@1", "evaluation.every=5"], "is not measured .* eval_pass@1/w4"),
         (["training.metric_for_best_model=eval_pass@1/w4", "evaluation.every=null"], "set evaluation.every"),
         (["training.lr_scheduler_type=reduce_lr_on_plateau", "evaluation.every=5"], "metric_for_best_model is loss"),
+        (["training.model_init_kwargs={dtype: bfloat16}"], "use model.dtype, model.revision or"),
+        (["training.trust_remote_code=true"], "use model.trust_remote_code"),
+        (["training.activation_checkpointing=false"], "use training.gradient_checkpointing"),
+        (["training.accelerator_config={dispatch_batches: true}"], "dispatch_batches is on"),
+        (["training.dataloader_persistent_workers=true"], "without training.dataloader_num_workers"),
+        (["update.token_budget=999", "training.entropy_coef=0.1"], "token_budget is set with training.entropy_coef"),
+        (["update.token_budget=999", "training.use_adaptive_entropy=true"], "set with training.use_adaptive_entropy"),
+        (["train=lora", "training.cast_lm_head_to_fp32=true"], "TRL cannot where the embedding is the head"),
     ],
 )
 def test_what_would_do_nothing_or_fail_late_is_a_conflict(overrides, expected):
@@ -334,6 +346,33 @@ def test_an_adapter_is_not_trained_further(tmp_path):
     assert f"{tmp_path} is a LoRA adapter, which is not trained further: merge it" in found
     with pytest.raises(UserError, match="merge it"):
         load_policy(recipe)
+
+
+def test_a_bridge_on_a_quantized_base_is_trained_on_one(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    model = br.attach_bridge(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), br.BridgeConfig(num_heads=2))
+    br.save_bridge(model, tmp_path / "saved")
+    path = tmp_path / "saved" / "bridge_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization": {"load_in_8bit": True}}))
+    recipe = load_recipe(TINY, [f"model.path={tmp_path / 'saved'}", "bridge={num_heads: 2}"])
+    [found] = make_plan(recipe).conflicts
+    assert found.endswith("was trained on a quantized base: set model.quantization as it was.")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "rows"),
+    [
+        ("r1_distill_7b.yaml", ["rollout.width=8"], 4),
+        (
+            "tiny_arith.yaml",
+            ["rollout.width=3", "rollout.num_generations=6", "training={gradient_accumulation_steps: 3}"],
+            8,
+        ),
+    ],
+)
+def test_a_batch_that_splits_groups_is_a_conflict_and_no_traceback(recipe, overrides, rows):
+    [found] = make_plan(load_recipe(RECIPES / recipe, overrides)).conflicts
+    assert found.startswith(f"training.per_device_train_batch_size is {rows}, which splits groups")
 
 
 def save_adapter(directory):

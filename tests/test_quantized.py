@@ -71,6 +71,27 @@ def test_a_bridge_is_trained_on_a_quantized_base_saved_and_loaded(base, tmp_path
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("train", ["bridge", "lora"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_what_is_trained_on_a_quantized_base_is_in_float32(base, tmp_path, quantization, train):
+    """TRL would round it to bf16, where a step of AdamW at a usual learning rate changes next to nothing."""
+    section = recipe(base, quantization, train)
+    model = switch_on(load_policy(section))
+    before = [p.detach().clone() for _, p in br.surgery.bridge_parameters(model)]
+    peft = lora_config(section) if train == "lora" else None
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    trainer = make_trainer(tokenizer, tmp_path, model, train=train, peft=peft, learning_rate=1e-5, beta=0.1)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    blocks = dict(br.surgery.bridge_parameters(trainer.model))
+    for p, was in zip(blocks.values(), before, strict=True):
+        torch.testing.assert_close(p.detach(), was, atol=0, rtol=0)
+    trainer.train()
+    for (name, p), was in zip(blocks.items(), before, strict=True):
+        assert (p != was).float().mean() > 0.9, name
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-4), ("int8", 0.05)])
 def test_gradients_are_those_of_the_dequantized_base_after_sampling_too(base, quantization, tolerance):
     """Products of int8 round activations as well. Sampling may change how a weight is stored."""

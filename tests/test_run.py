@@ -13,6 +13,7 @@ import wandb
 import yaml
 
 import bridge_rl as br
+from bridge_rl import run
 from bridge_rl.cli import main
 from bridge_rl.config import ModelSection, load_recipe
 from bridge_rl.errors import UserError
@@ -115,6 +116,7 @@ def test_another_recipe_does_not_take_up_the_warmup(finished, capsys):
     ("before", "now", "key"),
     [
         ([], ["rollout.width=8"], "rollout.width"),
+        ([], ["training.optim=sgd"], "training.optim"),
         (["train=lora"], ["train=lora", "lora.alpha=8"], "lora"),
         ([], ["lora.alpha=8"], None),  # which is not trained
         ([], ["rollout.max_rows=64", "rollout.max_cache_tokens=9000"], None),  # which is what memory asks for
@@ -125,6 +127,30 @@ def test_a_run_goes_on_with_a_recipe_that_samples_and_trains_the_same(before, no
     recipe = load_recipe("recipes/tiny_arith.yaml", now)
     with pytest.raises(UserError, match=f"another '{key}'") if key else nullcontext():
         check_same_recipe(recipe, tmp_path, deciding_keys(recipe))
+
+
+def test_a_recipe_without_a_warm_up_has_nothing_to_warm_up(tmp_path, capsys):
+    """A launcher's script runs the warm-up of any recipe first."""
+    main(["warmup", "recipes/tiny_arith_rlvr_only.yaml", f"output_dir={tmp_path / 'out'}"])
+    assert "nothing to warm up" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_type is cosine_with_min_lr with"),
+        ("training.lr_scheduler_type=warmup_stable_decay", "is warmup_stable_decay with training.lr_scheduler_kwargs"),
+        ("training={lr_scheduler_type: cosine, lr_scheduler_kwargs: {num_cycle: 1}}", "unexpected keyword argument"),
+        ("training.optim=galore_adamw", "training.optim is galore_adamw: You need to install"),
+        ("training.optim=foo", "training: foo is not a valid OptimizerNames"),
+    ],
+)
+def test_an_optimizer_or_schedule_that_cannot_be_made_is_refused_before_the_warm_up(override, expected, tmp_path):
+    recipe = load_recipe("recipes/tiny_arith.yaml", [f"output_dir={tmp_path / 'out'}", override])
+    with pytest.raises(UserError, match=expected):
+        run.train(recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_variables_of_the_chat_template_go_with_the_tokenizer(tmp_path):

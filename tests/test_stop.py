@@ -16,7 +16,7 @@ from bridge_rl.config import ModelSection, load_recipe
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report.tracking import run_id
-from bridge_rl.stop import Stop, parse_duration
+from bridge_rl.stop import GivenUp, Stop, parse_duration
 from bridge_rl.trainer import BridgeGRPOTrainer
 
 
@@ -90,6 +90,40 @@ def test_a_stop_at_a_step_that_is_evaluated_saves_though_the_best_is_kept(tmp_pa
     resumed = make_trainer(Stop(), tmp_path, evaluator=lambda trainer: {"eval_pass@1/w4": 0.5}, **best)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [entry["step"] for entry in resumed.state.log_history if "eval_pass@1/w4" in entry] == [1, 2]
+
+
+def test_an_evaluation_that_was_given_up_moves_the_schedule_when_it_is_made(tmp_path):
+    options = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5},
+        "metric_for_best_model": "pass@1/w4",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    whole = make_trainer(Stop(), tmp_path / "whole", evaluator=lambda trainer: {"eval_pass@1/w4": 0.5}, **options)
+    whole.train()
+
+    def give_up(trainer):
+        if trainer.state.global_step == 2:
+            stop.stopping = "SIGTERM"
+            raise GivenUp
+        return {"eval_pass@1/w4": 0.5}
+
+    stop = Stop()
+    with pytest.raises(Stopped):
+        make_trainer(stop, tmp_path, evaluator=give_up, **options).train()
+    resumed = make_trainer(Stop(), tmp_path, evaluator=lambda trainer: {"eval_pass@1/w4": 0.5}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rates = [trainer.optimizer.param_groups[0]["lr"] for trainer in (resumed, whole)]
+    assert rates[0] == rates[1] == 0.5e-2
+    assert resumed.state.best_metric == whole.state.best_metric == 0.5
+
+
+def test_completions_without_a_reference_do_not_meet_a_beta(tmp_path):
+    options = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(Stop(), tmp_path, **options).train()
+    with pytest.raises(UserError, match=r"training.beta is 0.1, and the completions that wait"):
+        make_trainer(Stop(), tmp_path, beta=0.1, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_save_is_reckoned_with_before_the_first(tmp_path):
