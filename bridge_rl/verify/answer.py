@@ -162,10 +162,16 @@ _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
-# A word that changes the number it follows, so that the two are no number with a unit.
-_SCALES = re.compile(
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen|percent|percentage|pct|score|half|third|quarter|and|sqrt)s?\b"
+# Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
+_CHANGES = re.compile(
+    r"\b(?:(hundred|thousand|million|billion|trillion|dozen|score|hal[fv]e?|third|quarter)s?"
+    r"|((?:four|fif|six|seven|eigh|nin|ten)th)s?"
+    r"|((?:plus|minus|times|divided|over|less|more)\s+(?:by\s+|than\s+)?"
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)))\b"
 )
+_NO_UNIT = re.compile(rf"{_CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
+_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}")
+_SPACE = re.compile(r"\\[,;:! ]|~")
 
 
 def clean(text: str) -> str:
@@ -183,7 +189,7 @@ def clean(text: str) -> str:
     if _THOUSANDS_COMMA.fullmatch(text):
         text = text.replace(",", "")
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
-    if (counted := _COUNTED.fullmatch(text)) and not _SCALES.search(text):
+    if (counted := _COUNTED.fullmatch(text)) and not _NO_UNIT.search(text):
         text = counted[1]
     return text
 
@@ -199,9 +205,16 @@ def canonical(text: str) -> str:
     """A cleaned answer for comparison as a string: no spacing, no sizes, no decoration."""
     text = re.sub(r"\\(?:left|right|[Bb]igg?[lr]?)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[,;:! ]|~", " ", text)
+    text = _TEXT.sub(r"\1", text)
+    text = _SPACE.sub(" ", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+def changes(text: str) -> list[tuple[str, ...]]:
+    r"""The words behind the first digit that change a number, in a `\text{}` or not; a plural is its singular."""
+    plain = _SPACE.sub(" ", _TEXT.sub(r" \1", text)).casefold()
+    digit = re.search(r"\d", plain)
+    return _CHANGES.findall(plain, digit.start()) if digit else []
 
 
 _BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2, \sqrt2
@@ -231,7 +244,7 @@ def comparable_answer(completion: str) -> str | None:
         text = pattern.sub(braced, text)
     if named := _NAMED.fullmatch(text):
         text = named[1].strip()
-    if (measured := _WITH_UNIT.fullmatch(text)) and not _SCALES.search(measured["unit"] or ""):
+    if (measured := _WITH_UNIT.fullmatch(text)) and not _NO_UNIT.search(measured["unit"] or ""):
         text = measured["value"]
     if (value := number(text)) is not None:
         return str(value.value)
@@ -249,13 +262,15 @@ _MIN_WORD = 4  # letters: `xyz` is a product, `none` a word
 
 
 def decide(prediction: Answer, gold: Answer) -> bool | None:
-    """The verdict on two numbers or words; None if the pair needs a worker."""
+    """The verdict on two numbers or words, or on numbers in unlike words; None if the pair needs a worker."""
     if prediction.prose:
         return None
     if (gold_number := number(gold.text)) is not None and (given := number(prediction.text)) is not None:
         return numbers_agree(given, gold_number)
     if (gold_base := _in_base(gold.text)) is not None and (given_base := _in_base(prediction.text)) is not None:
         return gold_base == given_base
+    if changes(prediction.text) != changes(gold.text):  # which math-verify drops with all text
+        return False
     gold_word, given_word = word(gold.text), word(prediction.text)
     return None if gold_word is None or given_word is None else gold_word == given_word
 
@@ -303,7 +318,7 @@ def _in_base(text: str) -> int | None:
 
 def word(text: str) -> str | None:
     r"""A word or phrase (`\text{Monday}`, `no solution`) in comparable form; None if it may be a product of symbols."""
-    plain = re.sub(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}", r"\1", text).replace("\\ ", " ").strip().rstrip(".")
+    plain = _TEXT.sub(r"\1", text).replace("\\ ", " ").strip().rstrip(".")
     if not _WORDS.fullmatch(plain) or len(plain) < _MIN_WORD or "\\" in plain:
         return None
     return "".join(plain.casefold().split())

@@ -5,7 +5,8 @@ A line in is JSON, the keyword arguments of `judge`, with answers as `answer.cle
 `str` of an expression, which may take forever. The deadline is the parent's, by SIGKILL.
 
 Known limits, each with a test of what happens today:
-- right and refused: `x<2 \text{ or } x>3` against a union of intervals; `\log 2` (base 10) against `\ln 2`;
+- right and refused: `x<2 \text{ or } x>3` against a union of intervals; `\log 2` (base 10) against `\ln 2`; numbers in
+  other words than the gold's (`5000000` against `5\text{ million}`), which the parent refuses;
 - gold that cannot be read: set-builder notation, residues (`3 \pmod 5`), anything with `\bmod`;
 - wrong and accepted: `x+1=2` against 2 (math-verify keeps an equation's right side); `1,2` or `{1,2}` against `(1,2)`,
   which is an interval and a pair at once; `no` against `on` (short words are products of symbols); exact numbers
