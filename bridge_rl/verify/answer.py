@@ -1,9 +1,10 @@
 r"""Find the answer in a completion, bring it into a common form, decide the easy pairs. Pure, no sympy.
 
-A completion's answer is, in this order: the last `\boxed{...}`; what follows the last `####` or "answer is"; the whole
-text if it is one bare expression; else its tail, in which the worker lets math-verify look. A last box that is left
-open (the completion was cut there), empty boxes alone, or one longer than MAX_CHARS give no answer at all: falling back
-to the working would reward a guess at what the writer meant.
+A completion's answer is, in this order: the last `\boxed{...}`; what follows `####` in the last line; what follows the
+last "answer is"; the whole text if it is one bare expression; else its tail, in which the worker lets math-verify look.
+A box before `</think>` counts if nothing of the first three, and no bare number, comes after it. A last box that is
+left open (the completion was cut there), empty boxes alone, or one longer than MAX_CHARS give no answer at all: falling
+back to the working would reward a guess at what the writer meant.
 
 Numbers (integers, decimals, fractions of integers) and words are decided here; everything else goes to a worker.
 """
@@ -56,15 +57,17 @@ def extract_answer(completion: str) -> str | None:
 def find_answer(completion: str) -> Answer | None:
     """The answer, or the prose it may stand in; None if there is nothing to look at (see the module's docstring)."""
     completion = completion.strip()
-    if _BOX.search(completion):
+    text = completion.rpartition("</think>")[2].strip() or completion
+    if _BOX.search(text):
         return _marked(last_box(completion))
-    after_thinking = completion.rpartition("</think>")[2].strip()
-    text = after_thinking or completion
-    if hashes := _HASHES.findall(text):
-        return _bare_or_prose(hashes[-1])
+    if hashes := _HASHES.search(text.rpartition("\n")[2]):  # further up it is a heading of Markdown
+        return _bare_or_prose(hashes[1])
     if marks := list(_ANSWER_IS.finditer(text)):
         return _bare_or_prose(_clause(text[marks[-1].end() :]), "The answer is ")
-    return _bare_or_prose(text)
+    answer = _bare_or_prose(text)
+    if _BOX.search(completion) and (answer is None or number(answer.text) is None):
+        return _marked(last_box(completion))
+    return answer
 
 
 def last_box(text: str) -> str | None:

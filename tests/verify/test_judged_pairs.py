@@ -206,6 +206,12 @@ IN_PROSE = [
     ("3", r"\boxed{3} then \boxed{4}", False),
     ("1", r"\boxed{1}, \boxed{2}", False),
     ("10", r"<think>it is \boxed{3}</think> so \boxed{10}", True),
+    ("5", r"<think>try \boxed{7}? no, 5</think> The answer is 5.", True),
+    ("7", r"<think>try \boxed{7}? no, 5</think> The answer is 5.", False),
+    ("5", "#### Answer\n5", True),
+    ("5", "### Answer\n5", True),
+    ("5", "#### Conclusion\n\nThe answer is 5.", True),
+    ("5", "#### Final Answer:\n\nThe answer is: $5$", True),
 ]
 
 
