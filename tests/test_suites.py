@@ -302,12 +302,18 @@ def test_a_near_miss_that_a_task_rewards_in_part_is_wrong():
         ("rg:composite", "configuration of its own"),
         ("rg:arc_agi", "denies its own answer"),
         ("rg:game_of_life_halting", "accepts the text"),
+        ("rg:puzzle24", "accepts for each problem the answers of the others"),
     ],
 )
 def test_tasks_that_cannot_be_judged_are_refused(text, sentence):
     with pytest.raises(UserError) as caught:
         gym(text)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["countdown", "n_queens", "gcd"])
+def test_a_task_of_which_few_problems_share_an_answer_is_judged(task):
+    assert len(gym(f"rg:{task}:6")[1]) == 6
 
 
 def test_votes_on_a_generator_compare_answers_up_to_spacing():

@@ -7,6 +7,7 @@ gives what that was, for the results.
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def _as_latex(answer: str) -> str:
 
 
 RG_SIZE, RG_SEED = 100, 11
-RG_CHECKED = 3  # rows whose own answer must be right
+RG_CHECKED = 3  # rows whose own answer must be right, and the answers of the others not all
 
 
 def _reasoning_gym(name: str) -> Suite:
@@ -311,15 +312,28 @@ def reasoning_gym_problems(task: str, size: int, seed: int) -> list[dict[str, st
 
 
 def _check_judge(task: str, dataset: Any, rows: list[dict[str, str]]) -> None:
-    """Raises UserError if a task denies its own answer once its row was JSON, or takes any text for an answer."""
-    for row in rows:
-        entry = json.loads(row["entry"])
-        right, nonsense = entry["answer"], "no such answer"
-        if right is not None and dataset.score_answer(right, entry) < 1:
+    """Raises UserError if a task denies its own answer once its row was JSON, or takes any text or the others' answers.
+
+    A model that always gives one and the same answer would seem to solve such a task.
+    """
+    entries = [json.loads(row["entry"]) for row in rows]
+    nonsense = "no such answer"
+    for entry in entries:
+        if entry["answer"] is not None and dataset.score_answer(entry["answer"], entry) < 1:
             raise UserError(f"--suite: '{task}' cannot be judged from stored rows: it denies its own answer.")
-        try:
-            accepted = dataset.score_answer(nonsense, entry) >= 1
-        except Exception:  # what the reward counts as unparsed
-            accepted = False
-        if accepted:
+        if _accepts(dataset, nonsense, entry):
             raise UserError(f"--suite: '{task}' cannot be judged: it accepts the text '{nonsense}'.")
+    others = [
+        _accepts(dataset, other["answer"], entry)
+        for entry, other in permutations(entries, 2)
+        if entry["question"] != other["question"] and other["answer"] not in (None, entry["answer"])
+    ]
+    if others and all(others):
+        raise UserError(f"--suite: '{task}' cannot be judged: it accepts for each problem the answers of the others.")
+
+
+def _accepts(dataset: Any, answer: str, entry: dict[str, Any]) -> bool:
+    try:
+        return bool(dataset.score_answer(answer, entry) >= 1)
+    except Exception:  # what the reward counts as unparsed
+        return False
