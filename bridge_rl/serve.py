@@ -21,6 +21,7 @@ from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.command import load_for_sampling
 from bridge_rl.evaluation.run import eos_ids
+from bridge_rl.evaluation.samples import decode_behind
 from bridge_rl.rollout import SamplingParams, generate_groups
 from bridge_rl.rollout.request import known_positions
 
@@ -94,7 +95,7 @@ def make_app(
             [group] = generate_groups(model, [ids], fields.n, params)
             # 0 is not off: OpenAI's completions mean the sampled tokens without alternatives by it.
             logprobs = [None] * fields.n if fields.logprobs is None or fields.logprobs is False else group.logprobs
-            rows = [choice(tokenizer, *row) for row in zip(group.tokens, logprobs, strict=True)]
+            rows = [choice(tokenizer, ids[-1], *row) for row in zip(group.tokens, logprobs, strict=True)]
         for index, row in enumerate(rows):
             row |= {"index": index, "finish_reason": group.finish_reasons[index]}
         used = sum(map(len, group.tokens))
@@ -149,18 +150,24 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": {"message": " ".join(sentences), "type": "invalid_request_error"}}, status_code=400)
 
 
-def text_choice(tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float] | None) -> dict[str, Any]:
-    """One row as completions have it."""
-    choice = {"text": tokenizer.decode(tokens, skip_special_tokens=True), "logprobs": None}
+def text_choice(
+    tokenizer: PreTrainedTokenizerBase, before: int, tokens: list[int], logprobs: list[float] | None
+) -> dict[str, Any]:
+    """One row as completions have it. before: the prompt's last token."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    [text] = decode_behind(tokenizer, before, [[token for token in tokens if token not in special]])
+    choice: dict[str, Any] = {"text": text, "logprobs": None}
     if logprobs is not None:
-        pieces = [tokenizer.decode([token]) for token in tokens]
+        pieces = decode_behind(tokenizer, before, [[token] for token in tokens])
         choice["logprobs"] = {"tokens": pieces, "token_logprobs": logprobs}
     return choice
 
 
-def chat_choice(tokenizer: PreTrainedTokenizerBase, tokens: list[int], logprobs: list[float] | None) -> dict[str, Any]:
+def chat_choice(
+    tokenizer: PreTrainedTokenizerBase, before: int, tokens: list[int], logprobs: list[float] | None
+) -> dict[str, Any]:
     """One row as chat completions have it."""
-    choice = text_choice(tokenizer, tokens, logprobs)
+    choice = text_choice(tokenizer, before, tokens, logprobs)
     if logprobs is not None:
         pairs = zip(choice["logprobs"]["tokens"], logprobs, strict=True)
         choice["logprobs"] = {"content": [{"token": t, "logprob": x, "top_logprobs": []} for t, x in pairs]}

@@ -6,13 +6,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import switch_on
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import bridge_rl as br
 import bridge_rl.serve
@@ -129,6 +133,36 @@ def test_chat_applies_the_template_and_gives_the_same_group(post):
         assert [item["token"] for item in choice["logprobs"]["content"]] == other["logprobs"]["tokens"]
         assert [item["logprob"] for item in choice["logprobs"]["content"]] == other["logprobs"]["token_logprobs"]
     assert post({"messages": CHAT, "max_tokens": 2})["choices"][0]["logprobs"] is None
+
+
+def sentencepiece() -> PreTrainedTokenizerBase:
+    """A tokenizer as Llama's: its decoder drops the space at the beginning of what it is given."""
+    pieces = ["<unk>", "</s>", "\u2581The", "\u2581Paris", "\u2581is", "\u2581big", ".", "<0xE2>", "<0x82>", "<0xAC>"]
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(WordLevel(numbers, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prompt", ["The", "The</s>"])
+def test_spaces_at_the_beginning_of_texts_and_tokens_are_kept(model, monkeypatch, prompt):
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = prompt
+    rows, ends = [[3, 4, 5, 6, 1], [7, 8, 9, 1]], ["stop", "stop"]
+    group = SimpleNamespace(tokens=rows, logprobs=[[-0.5] * 5, [-0.5] * 4], finish_reasons=ends)
+    monkeypatch.setattr(bridge_rl.serve, "generate_groups", lambda *args: [group])
+    client = TestClient(make_app(model, tokenizer, "tiny", 8, 2))
+    body = {"prompt": prompt, "n": 2, "logprobs": True}
+    paris, euro = client.post("/v1/completions", json=body).json()["choices"]
+    assert (paris["text"], euro["text"]) == (" Paris is big.", "\N{EURO SIGN}")
+    assert paris["logprobs"]["tokens"] == [" Paris", " is", " big", ".", "</s>"]
+    body = {"messages": CHAT, "n": 2, "logprobs": True}
+    chat = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert chat["message"]["content"] == " Paris is big."
+    assert [item["token"] for item in chat["logprobs"]["content"]] == paris["logprobs"]["tokens"]
 
 
 def test_chat_needs_a_template(model):

@@ -136,10 +136,14 @@ def write_for_readers(
     ]
     (directory / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     used = sorted({token for group in groups for row in group.tokens for token in row})
-    # Behind another token, since decoders drop a space at the beginning.
-    before = tokenizer.decode([used[0]]) if used else ""
-    texts = [text.removeprefix(before) for text in tokenizer.batch_decode([[used[0], token] for token in used])]
+    texts = decode_behind(tokenizer, used[0], [[token] for token in used]) if used else []
     (directory / "pieces.json").write_text(json.dumps(dict(zip(used, texts, strict=True))), encoding="utf-8")
+
+
+def decode_behind(tokenizer: PreTrainedTokenizerBase, before: int, rows: Sequence[list[int]]) -> list[str]:
+    """The texts of rows as they follow the token `before`, since decoders may drop a space at the beginning."""
+    start = tokenizer.decode([before])
+    return [text.removeprefix(start) for text in tokenizer.batch_decode([[before, *row] for row in rows])]
 
 
 def groups_by_problem(groups: Sequence[SampledGroup]) -> list[list[SampledGroup]]:
