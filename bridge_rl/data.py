@@ -47,7 +47,7 @@ def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any
         answer = _answer(rows[number].get(source.answer_column), source, key, number)
         if not isinstance(problem, str) or not problem.strip():
             raise UserError(f"{key}: row {number} of {source.path} has an empty '{source.problem_column}'.")
-        others = _other_columns(rows[number], source) if is_function(source.path) else {}
+        others = _other_columns(rows[number], source, key) if is_function(source.path) else {}
         problems.append({"problem": problem, "answer": answer, **others})
     return _readable(problems, order, source, key) if source.check_answers else problems
 
@@ -86,9 +86,18 @@ def is_function(path: str) -> bool:
     return ":" in path and not path.endswith(FILE_FORMATS)
 
 
-def _other_columns(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
+def _other_columns(row: dict[str, Any], source: DataSource, key: str) -> dict[str, Any]:
+    """Raises UserError for a name under which prompts and rewards get something else."""
+    from bridge_rl.models import GIVEN_TO_REWARDS
+
     taken = {source.problem_column, source.answer_column, "problem", "answer"}
-    return {column: value for column, value in row.items() if column not in taken}
+    others = {column: value for column, value in row.items() if column not in taken}
+    if double := sorted(others.keys() & {"prompt", *GIVEN_TO_REWARDS}):
+        raise UserError(
+            f"{key}.path: the rows of {source.path} have a column '{double[0]}', which the recipe or the trainer "
+            "gives: name it otherwise."
+        )
+    return others
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,29 @@ def test_the_other_columns_of_a_functions_rows_are_kept_for_its_reward():
     assert rows == [{"problem": f"p{n}", "answer": str(n), "task": "t", "entry": {"n": n}} for n in range(2)]
 
 
+def rows_with(column):
+    return [{"problem": "p", "answer": "1", column: "x"}]
+
+
+@pytest.mark.parametrize(
+    "column", ["prompt", "prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"]
+)
+def test_a_column_called_as_what_the_trainer_makes_is_refused(column):
+    with pytest.raises(UserError, match=rf"data.train.path: the rows of test_data:rows_with have a column '{column}'"):
+        load("test_data:rows_with", kwargs={"column": column})
+
+
+@pytest.mark.parametrize("column", ["name", "function"])
+def test_other_columns_may_have_any_name(column):
+    [row] = load("test_data:rows_with", kwargs={"column": column})
+    assert row[column] == "x"
+
+
+def test_a_function_may_give_its_problems_as_prompts():
+    rows = load("test_data:rows_with", kwargs={"column": "prompt"}, problem_column="prompt")
+    assert rows == [{"problem": "x", "answer": "1"}]
+
+
 def test_only_problem_and_answer_are_kept_under_these_names(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [{"id": 1, "question": "1+1", "solution": 2}])
     assert load(path, problem_column="question", answer_column="solution") == [{"problem": "1+1", "answer": "2"}]
