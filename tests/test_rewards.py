@@ -126,6 +126,21 @@ def test_another_reward_may_say_who_solves_and_logs_nothing_for_it():
         load("rewards/set_aware.py:sole_solver", judge="rewards/nobody.py:correct")(completions=[right], **rows)
 
 
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_the_judge_of_the_sole_solver_may_be_async_and_leave_rows_out(tmp_path, kind):
+    (tmp_path / "judge.py").write_text(
+        f"{kind} score(completions, **kwargs):\n"
+        "    return [{'right': 1.0, 'wrong': 0.0}.get(text) for text in completions]\n\n\n"
+        f"{kind} short(completions, **kwargs):\n    return [1.0]\n"
+    )
+    solver = load("rewards/set_aware.py:sole_solver", judge=f"{tmp_path / 'judge.py'}:score")
+    completions = ["right", "unjudged", "right", "right", "unjudged", "wrong"]
+    assert solver(completions=completions, group_index=[0, 0, 1, 1, 2, 2]) == [1.0, 0, 0, 0, 0, 0]
+    short = load("rewards/set_aware.py:sole_solver", judge=f"{tmp_path / 'judge.py'}:short")
+    with pytest.raises(UserError, match=r"judge.py:short returned 1 values for 2 rows"):
+        short(completions=["right", "right"], group_index=[0, 0])
+
+
 def test_an_async_reward_is_awaited_in_one_loop_and_fails_as_others_do(tmp_path):
     from bridge_rl.config import RewardSection
     from bridge_rl.models import load_reward
