@@ -21,6 +21,8 @@ from bridge_rl.errors import UserError
 
 FILE_FORMATS = (".jsonl", ".json", ".parquet")
 HUB_TIMEOUT_S = 10.0
+# What the trainer gives to rewards beside the columns of the data.
+GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 # Whatever keeps a request from being answered: httpx's error, or httpx2's, as huggingface_hub goes.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -88,8 +90,6 @@ def is_function(path: str) -> bool:
 
 def _other_columns(row: dict[str, Any], source: DataSource, key: str) -> dict[str, Any]:
     """Raises UserError for a name under which prompts and rewards get something else."""
-    from bridge_rl.models import GIVEN_TO_REWARDS
-
     taken = {source.problem_column, source.answer_column, "problem", "answer"}
     others = {column: value for column, value in row.items() if column not in taken}
     if double := sorted(others.keys() & {"prompt", *GIVEN_TO_REWARDS}):

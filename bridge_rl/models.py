@@ -29,14 +29,13 @@ from transformers import (
 
 from bridge_rl.checkpoint import cast_blocks, is_bridge_checkpoint, load_bridge, read_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
-from bridge_rl.data import import_function
+from bridge_rl.data import GIVEN_TO_REWARDS, import_function
 from bridge_rl.errors import UserError
 from bridge_rl.reward_errors import failing_row
 from bridge_rl.surgery import attach_bridge, find_state, has_bridge
 from bridge_rl.verify.answer import comparable_answer
 
 PACKAGE = "package://"
-GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 def resolve_path(path: str) -> str:
