@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.config import DataSection, EvaluationSection
-from bridge_rl.data import make_prompts
+from bridge_rl.data import make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import Chooser
 from bridge_rl.evaluation.analyse import analyse
@@ -20,6 +20,7 @@ from bridge_rl.evaluation.results import Probes, Results, read_results, write_re
 from bridge_rl.evaluation.run import (
     Evaluation,
     ModelSampler,
+    eos_ids,
     group_index,
     groups_per_problem,
     listens,
@@ -187,6 +188,8 @@ def make_job(
         "weights": weights,
         "suite": suite.name,
         "problems": digest(rows),
+        "prompt_ids": digest(prompt_tokens(tokenizer, [row["prompt"] for row in rows])),
+        "eos_ids": eos_ids(model, tokenizer),
         "reward": reward.function,
         "judging": digest_of_reward(judge.reward, reward.kwargs),
         "temperature": section.temperature,

@@ -19,6 +19,7 @@ SETTINGS_FILE = "evaluation.json"
 DIGESTS = {
     "weights": "other weights",
     "problems": "other problems or prompts",
+    "prompt_ids": "another chat template or tokenizer",
     "judging": "another version of the reward's file",
 }
 
@@ -87,6 +88,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
             made = f"made with {key} {before.get(key)!r}, not {value!r}"
             if key in DIGESTS:
                 made = f"made with {DIGESTS[key]}"
+            if key not in before:  # whether it was the same, nobody can say
+                made = f"of an earlier version, which did not write down their {key}"
             raise UserError(
                 f"{directory} holds samples {made} ({path}): go on with the same, give another --output, or delete the "
                 "directory."

@@ -27,6 +27,8 @@ META = {
     "source_commit": "their revision",
     "licence": "their licence",
     "problems": "fingerprint of the problems",
+    "prompt_ids": "fingerprint of their prompts' tokens",
+    "eos_ids": "tokens that end a completion",
     "reward": "reward",
     "prompt": "prompt",
     "samples": "samples a problem",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from conftest import switch_on
 import bridge_rl as br
 from bridge_rl.cli import main
 from bridge_rl.config import ModelSection
+from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import Estimate, Results, Summary, read_results
 from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.evaluation.settings import claim
 from bridge_rl.models import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +195,40 @@ def test_other_weights_do_not_go_on_with_samples(checkpoint, evaluated, tmp_path
     with pytest.raises(SystemExit):
         evaluate(checkpoint, evaluated[0], "--lengths", "8,32")
     assert "holds samples made with other weights" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_copy(tmp_path) -> Path:
+    """The embedded base in a directory that a test may edit."""
+    return Path(shutil.copytree(ROOT / "bridge_rl/tiny/model", tmp_path / "model"))
+
+
+def test_another_chat_template_does_not_go_on_with_samples(own_copy, tmp_path, capsys):
+    evaluate(own_copy, tmp_path / "out")
+    tokenizer = load_tokenizer(ModelSection(str(own_copy)))
+    tokenizer.chat_template = tokenizer.chat_template + "="
+    tokenizer.save_pretrained(own_copy)
+    with pytest.raises(SystemExit):
+        evaluate(own_copy, tmp_path / "out", "--samples", "8")
+    assert "holds samples made with another chat template or tokenizer" in capsys.readouterr().err
+
+
+def test_other_ends_of_a_completion_do_not_go_on_with_samples(own_copy, tmp_path, capsys):
+    evaluate(own_copy, tmp_path / "out")
+    config = own_copy / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [2, 5]}))
+    with pytest.raises(SystemExit):
+        evaluate(own_copy, tmp_path / "out", "--samples", "8")
+    assert "holds samples made with eos_ids [2], not [2, 5]" in capsys.readouterr().err
+
+
+def test_samples_of_a_version_that_wrote_down_less_are_refused_by_what_it_lacks(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "rank_0.jsonl").write_text("")
+    (tmp_path / "evaluation.json").write_text('{"seed": 0}')
+    claim(tmp_path, {"seed": 0})
+    with pytest.raises(UserError, match="of an earlier version, which did not write down their prompt_ids"):
+        claim(tmp_path, {"seed": 0, "prompt_ids": "12ab"})
 
 
 def test_a_reward_that_was_edited_does_not_go_on_with_old_verdicts(checkpoint, tmp_path, capsys):
