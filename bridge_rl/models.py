@@ -246,24 +246,31 @@ def load_final_answer(section: RewardSection) -> Callable[[str], str | None]:
     It returns the answer in a form in which equal answers are equal strings, None where there is none. A file without
     one gets that of `rewards/answer.py`. Raises UserError as `load_reward`.
     """
-    function = load_function(section.function, "rewards.0.function")
-    return getattr(inspect.unwrap(function), "__globals__", {}).get("final_answer", comparable_answer)
+    _, module = load_beside(section.function, "rewards.0.function")
+    return getattr(module, "final_answer", comparable_answer)
 
 
 def load_function(named: str, key: str) -> Callable[..., Any]:
     """The function at `FILE.py:NAME` or `package.module:NAME`. Raises UserError, naming `key`, if there is none."""
+    return load_beside(named, key)[0]
+
+
+def load_beside(named: str, key: str) -> tuple[Callable[..., Any], ModuleType]:
+    """As `load_function`, and the module that was named, where the function need not have been defined."""
     path, _, name = named.partition(":")
     if not name:
         raise UserError(f"{key}: '{named}' names no function: write rewards/answer.py:correct.")
     if path.endswith(".py"):
-        function = getattr(_load_file(path, key), name, None)
+        module = _load_file(path, key)
+        function = getattr(module, name, None)
         if function is None:
             raise UserError(f"{key}: {path} has no function '{name}'.")
     else:
         function = import_function(named, key)
+        module = sys.modules[path]
     if not callable(function):
         raise UserError(f"{key}: '{named}' is a {type(function).__name__}, no function.")
-    return function
+    return function, module
 
 
 def _load_file(path: str, key: str) -> ModuleType:

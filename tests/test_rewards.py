@@ -4,6 +4,7 @@ import pytest
 
 from bridge_rl.config import RewardSection
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation.settings import digest_of_reward
 from bridge_rl.models import load_final_answer, load_reward
 
 
@@ -216,3 +217,25 @@ def test_a_file_of_ones_own_may_say_what_is_voted_on_or_leave_it(tmp_path):
         load_final_answer(RewardSection("rewards/none.py:score"))
     with pytest.raises(UserError, match="cannot import no_such_package"):
         load_final_answer(RewardSection("no_such_package:score"))
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        "def score(completions, **kwargs):\n    return [0.0 for _ in completions]\n",
+        "from functools import partial\nscore = partial(lambda completions, **kwargs: [0.0 for _ in completions])\n",
+        "class Score:\n    def __call__(self, completions, **kwargs):\n        return [0.0 for _ in completions]\n"
+        "score = Score()\n",
+        "from bridge_rl.tiny.equations import is_correct as score\n",  # of a module with a final_answer of its own
+    ],
+    ids=["function", "partial", "object", "re-exported"],
+)
+def test_the_file_that_is_named_says_what_is_voted_on_and_is_what_may_not_change(tmp_path, score):
+    file = tmp_path / "mine.py"
+    file.write_text(score + 'final_answer = lambda completion: "MINE"\n')
+    section = RewardSection(f"{file}:score")
+    assert load_final_answer(section)("#### 4") == "MINE"
+    before = digest_of_reward(section)
+    assert digest_of_reward(section) == before
+    file.write_text(score + 'final_answer = lambda completion: "YOURS"\n')
+    assert digest_of_reward(section) != before

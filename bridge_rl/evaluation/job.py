@@ -191,7 +191,7 @@ def make_job(
         "prompt_ids": digest(prompt_tokens(tokenizer, [row["prompt"] for row in rows])),
         "eos_ids": eos_ids(model, tokenizer),
         "reward": reward.function,
-        "judging": digest_of_reward(judge.reward, reward.kwargs),
+        "judging": digest_of_reward(reward),
         "temperature": section.temperature,
         "top_p": section.top_p,
         "max_new_tokens": limit,

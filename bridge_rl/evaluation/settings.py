@@ -1,9 +1,7 @@
 """What an evaluation is asked for where nobody says, and whether the samples of a directory were asked for the same."""
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bridge_rl.config import Recipe, RewardSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import Suite
+from bridge_rl.models import load_beside
 
 # What decides the samples of a directory: with other settings they would be others.
 SETTINGS_FILE = "evaluation.json"
@@ -61,11 +60,15 @@ def first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def digest_of_reward(function: Callable[..., Any], kwargs: dict[str, Any]) -> str:
-    """Of the file of a loaded reward and its fixed arguments: an edited one would judge otherwise."""
-    source = inspect.getsourcefile(inspect.unwrap(function))
-    content = Path(source).read_bytes() if source else b""
-    return digest([hashlib.sha256(content).hexdigest(), kwargs])
+def digest_of_reward(reward: RewardSection) -> str:
+    """Of the file that a reward names and its fixed arguments: an edited one would judge otherwise.
+
+    Raises UserError if there is no such reward.
+    """
+    _, module = load_beside(reward.function, "--reward")
+    file = getattr(module, "__file__", None)  # a built-in module has none
+    content = Path(file).read_bytes() if file else b""
+    return digest([hashlib.sha256(content).hexdigest(), reward.kwargs])
 
 
 def digest(content: Any) -> str:
