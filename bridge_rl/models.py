@@ -244,10 +244,24 @@ def load_final_answer(section: RewardSection) -> Callable[[str], str | None]:
     """What finds the answer in a completion for majority votes: `final_answer` beside the reward function.
 
     It returns the answer in a form in which equal answers are equal strings, None where there is none. A file without
-    one gets that of `rewards/answer.py`. Raises UserError as `load_reward`.
+    one gets that of `rewards/answer.py`. Raises UserError as `load_reward`; what is returned, where it fails or gives
+    what is no answer.
     """
     _, module = load_beside(section.function, "rewards.0.function")
-    return getattr(module, "final_answer", comparable_answer)
+    own = getattr(module, "final_answer", None)
+    return comparable_answer if own is None else answering(own, f"final_answer beside {section.function}")
+
+
+def answering(function: Callable[[str], Any], name: str) -> Callable[[str], str | None]:
+    """A user's function that finds an answer; UserError if it fails or returns neither a string nor None."""
+
+    def final_answer(completion: str) -> str | None:
+        answer = call_users(function, name, lambda: f" on {completion[:80]!r}", completion)
+        if not isinstance(answer, str | None):
+            raise UserError(f"{name} returned {answer!r} on {completion[:80]!r}: return a string or None.")
+        return answer
+
+    return final_answer
 
 
 def load_function(named: str, key: str) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import pytest
 
 from bridge_rl.config import RewardSection
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.settings import digest_of_reward
 from bridge_rl.models import load_final_answer, load_reward
 
@@ -217,6 +218,29 @@ def test_a_file_of_ones_own_may_say_what_is_voted_on_or_leave_it(tmp_path):
         load_final_answer(RewardSection("rewards/none.py:score"))
     with pytest.raises(UserError, match="cannot import no_such_package"):
         load_final_answer(RewardSection("no_such_package:score"))
+
+
+def verdicts_of(logged: object) -> list[str]:
+    def reward(completions, log_extra, **kwargs):
+        log_extra("verdict", logged)
+        return [1.0, 0.0, None]
+
+    completions = [["a", "b", "c"]]
+    [judged] = Judge(reward, str)([{"prompt": "p", "answer": "1"}], completions, [[[1], [2], [3]]])
+    return judged.verdicts
+
+
+def test_an_evaluation_takes_a_word_that_it_does_not_know_for_ok():
+    assert verdicts_of(["unparsed", "brilliant", "ok"]) == ["unparsed", "ok", "error"]
+    assert verdicts_of([None, "timeout", "ok"]) == ["ok", "timeout", "error"]
+
+
+@pytest.mark.parametrize(
+    ("logged", "given"), [(["ok"], "1 values"), ([], "0 values"), ("abc", "'abc'"), (None, "'None'")]
+)
+def test_verdicts_that_are_not_one_a_row_are_one_sentence(logged, given):
+    with pytest.raises(UserError, match=rf"log_extra\('verdict', ...\) was given {given} for 3 rows"):
+        verdicts_of(logged)
 
 
 @pytest.mark.parametrize(

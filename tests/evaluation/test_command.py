@@ -256,6 +256,25 @@ def test_a_reward_that_fails_is_one_sentence(checkpoint, tmp_path, capsys, body,
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("return [][0]", r"mine.py:reward failed with IndexError in line 4 of"),
+        ("return 24", r"mine.py:reward returned 24 on '"),
+    ],
+)
+def test_a_final_answer_that_fails_is_one_sentence(checkpoint, tmp_path, capsys, body, complaint):
+    (tmp_path / "mine.py").write_text(
+        "def reward(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+        f"def final_answer(completion):\n    {body}\n"
+    )
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path / "out", "--reward", f"{tmp_path / 'mine.py'}:reward")
+    error = capsys.readouterr().err
+    assert error.count("error: final_answer beside") == 1
+    assert complaint in error
+
+
 def test_rows_without_a_score_are_wrong_and_counted(checkpoint, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def reward(completions, **kwargs):\n    return [None] * len(completions)\n")
     results = evaluate(checkpoint, tmp_path / "out", "--reward", f"{tmp_path / 'mine.py'}:reward")
