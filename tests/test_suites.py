@@ -316,6 +316,22 @@ def test_a_task_of_which_few_problems_share_an_answer_is_judged(task):
     assert len(gym(f"rg:{task}:6")[1]) == 6
 
 
+def test_a_task_with_fractions_in_its_rows_is_judged_by_its_answers():
+    suite, rows = gym("rg:gsm_symbolic:8")
+    assert len(rows) == 8
+    score = load_reward(suite.reward, 0)
+    columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
+    assert score(completions=[row["answer"] for row in rows], **columns) == [1.0] * 8
+    assert score(completions=["-1"] * 8, **columns) == [0.0] * 8
+
+
+def test_rows_whose_own_answer_is_empty_are_dropped_and_counted(capsys):
+    _, rows = gym("rg:ab:20")
+    assert capsys.readouterr().out == "--suite: 1 of 20 answers of 'ab' are empty: dropped.\n"
+    assert len(rows) == 19
+    assert all(row["answer"] == json.loads(row["entry"])["answer"] for row in rows)
+
+
 def test_votes_on_a_generator_compare_answers_up_to_spacing():
     final = load_final_answer(expand("rg:countdown")[0].reward)
     assert final("<answer>1 +\n 2</answer>") == final(r"\boxed{1 + 2}") == "1 + 2"

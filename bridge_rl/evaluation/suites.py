@@ -11,6 +11,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from bridge_rl.config import DataSource, RewardSection
 from bridge_rl.data import FILE_FORMATS, hub_commit, load_problems
 from bridge_rl.errors import UserError
@@ -274,7 +276,6 @@ def _reasoning_gym(name: str) -> Suite:
         ),
         answers="judged by the task's own score_answer",
         licence="Apache-2.0",
-        problems=size,
         reward=RewardSection("rewards/reasoning_gym.py:correct"),
         prompt=TAGGED,
     )
@@ -283,7 +284,8 @@ def _reasoning_gym(name: str) -> Suite:
 def reasoning_gym_problems(task: str, size: int, seed: int) -> list[dict[str, str]]:
     """Rows of a reasoning-gym generator with the columns that `rewards/reasoning_gym.py` needs: `task` and `entry`.
 
-    entry: the task's row as JSON. Raises UserError for a task that is unknown, or cannot be judged by it.
+    entry: the task's row as JSON. Rows whose own answer is empty are left out, and counted on the terminal: an empty
+    completion is no answer. Raises UserError for a task that is unknown, or cannot be judged by it.
     """
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
@@ -298,14 +300,20 @@ def reasoning_gym_problems(task: str, size: int, seed: int) -> list[dict[str, st
         raise UserError(
             f"--suite: reasoning-gym's task '{task}' needs a configuration of its own ({error})."
         ) from error
+    kept = [entry for entry in entries if entry["answer"] is None or str(entry["answer"]).strip()]
+    if not kept:
+        raise UserError(f"--suite: all {size} answers of '{task}' are empty: ask for more problems, or another task.")
+    if len(kept) < size and PartialState().is_main_process:
+        print(f"--suite: {size - len(kept)} of {size} answers of '{task}' are empty: dropped.", flush=True)
     rows = [
         {
             "problem": entry["question"],
             "answer": str(entry["answer"] or "any that its task accepts"),
             "task": task,
-            "entry": json.dumps(entry),
+            # What JSON does not know, such as gsm_symbolic's fractions, as text: `_check_judge` sees whether that does.
+            "entry": json.dumps(entry, default=str),
         }
-        for entry in entries
+        for entry in kept
     ]
     _check_judge(task, dataset, rows[:RG_CHECKED])
     return rows
