@@ -82,7 +82,7 @@ class Job:
             groups = evaluation.run(bar.update)
         if not state.is_main_process:
             return None
-        probes = earlier_probes(directory)
+        probes = earlier_probes(directory, self.settings)
         results = analyse(groups, self.section.widths, listens(self.model), self.meta, self.methods, probes)
         if self.probing:
             write_results(results, directory / "results.json")  # lest the probes run out of memory
@@ -235,10 +235,17 @@ def say_if_positions_run_out(model: PreTrainedModel, limit: int) -> None:
         print(f"completions of up to {limit} tokens pass the {most} positions that the model is made for", flush=True)
 
 
-def earlier_probes(directory: Path) -> Probes | None:
-    """Those of an earlier call on the same samples."""
+def earlier_probes(directory: Path, settings: dict[str, Any]) -> Probes | None:
+    """Those of an earlier call on the same samples; None where results are of others, weights included."""
     path = directory / "results.json"
-    return read_results(path).probes if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        earlier = read_results(path)
+    except UserError:  # of another version, or damaged: these results take its place
+        return None
+    same = all(earlier.meta.get(key) == value for key, value in settings.items())
+    return earlier.probes if same else None
 
 
 def say_uneven_samples(section: EvaluationSection) -> None:

@@ -17,6 +17,7 @@ import bridge_rl as br
 from bridge_rl.cli import main
 from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation.job import earlier_probes
 from bridge_rl.evaluation.results import Estimate, Results, Summary, read_results
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.evaluation.settings import claim
@@ -96,6 +97,26 @@ def test_a_second_run_samples_nothing_and_finds_the_same(checkpoint, evaluated, 
     assert (evaluated[0] / "samples" / "rank_0.jsonl").read_bytes() == before
     assert again.summaries == evaluated[1].summaries
     assert again.verdicts == evaluated[1].verdicts
+
+
+def test_probes_are_kept_for_the_same_samples_only(evaluated, tmp_path):
+    settings = json.loads((evaluated[0] / "evaluation.json").read_text())
+    assert earlier_probes(evaluated[0], settings) == evaluated[1].probes
+    assert earlier_probes(evaluated[0], settings | {"weights": "of another model"}) is None
+    assert earlier_probes(evaluated[0], settings | {"seed": 1}) is None
+    assert earlier_probes(tmp_path, settings) is None
+
+
+def test_results_of_another_model_leave_no_probes_behind(evaluated, tmp_path):
+    output = shutil.copytree(evaluated[0], tmp_path / "out")
+    shutil.rmtree(output / "samples")
+    assert evaluate("package://bridge_rl/tiny/model", output).probes is None
+
+
+@pytest.mark.parametrize("content", ["{", '{"probes": 1}'])
+def test_results_that_cannot_be_read_give_way_to_new_ones(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    assert evaluate("package://bridge_rl/tiny/model", tmp_path).summaries
 
 
 def test_a_base_is_sampled_once_and_says_what_it_leaves_out(tmp_path, capsys):
