@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ except ModuleNotFoundError as error:
 # What HFLM takes and does not ask of a model that it has not loaded itself.
 PASSED_ON = {"add_bos_token", "chat_template_args", "max_batch_size", "max_length"}
 WITHOUT_EFFECT = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0.0}  # served at these values only
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm_eval's names of one thing
+NUMBERS: dict[str, type] = {"temperature": Real, "top_p": Real, **dict.fromkeys(("top_k", "seed", *LIMITS), int)}
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,19 @@ def split_requests(requests: Sequence[Instance], width: int | None) -> list[Grou
     return groups
 
 
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise UserError for a text or None, as lm_eval's command line makes of what is no number."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} is {value!r}: it must be a {'whole ' if kind is int else ''}number.")
+
+
 @register_model("bridge")
 class BridgeLM(HFLM):
     """A model with a Bridge, or any causal LM, whose completions of one document are groups of `width`."""
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         width: int | None = None,
         seed: int = 0,
         dtype: str | None = None,
@@ -102,7 +111,7 @@ class BridgeLM(HFLM):
         """`pretrained`: checkpoint, hub id or `package://NAME/PATH`. `width` None: that of each task's repeats.
 
         `batch_size`: rows at once, `auto` for as many as memory holds. `others`: those of PASSED_ON, as HFLM has them.
-        Raises UserError for an argument that is not served.
+        Raises UserError for an argument that is not served or has no such value, and without `pretrained`.
         """
         if unknown := sorted(others.keys() - PASSED_ON):
             known = ["batch_size", "device", "dtype", "pretrained", "revision", "seed", "trust_remote_code", "width"]
@@ -111,6 +120,11 @@ class BridgeLM(HFLM):
             )
         if width is not None and (not isinstance(width, int) or width < 1):
             raise UserError(f"--model_args width is {width!r}: it must be a whole number of at least 1.")
+        if pretrained is None:
+            raise UserError("--model_args names no model: write pretrained=CHECKPOINT into it.")
+        check_kind("--model_args seed", seed, int)
+        if seed < 0:
+            raise UserError(f"--model_args seed is {seed}: it must not be negative.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # On the command line lm_eval says cuda:0 by default, also where there is no GPU.
         dtype = dtype or ("bfloat16" if torch.cuda.is_available() and device.startswith("cuda") else "float32")
@@ -181,13 +195,18 @@ class BridgeLM(HFLM):
         return ids
 
     def sampling_params(self, group: GroupRequest) -> SamplingParams:
-        """What a group's generation arguments say. Raises UserError for one that would have no effect."""
+        """What a group's generation arguments say. Raises UserError for one that has no effect or is no number."""
+        for name, kind in NUMBERS.items():
+            if name in group.settings:
+                check_kind(f"generation argument {name}", group.settings[name], kind)
         settings = dict(normalize_gen_kwargs(group.settings, self.max_gen_toks))
         stops = tuple(stop for stop in settings.pop("until") if stop)
         max_new_tokens, seed = settings.pop("max_gen_toks"), settings.pop("seed", self.seed)
         sampled, temperature = settings.pop("do_sample"), settings.pop("temperature", 1.0)
         temperature = temperature if sampled else 0.0
         top_p, top_k = settings.pop("top_p", 1.0), settings.pop("top_k", 0)
+        if seed < 0:
+            raise UserError(f"generation argument seed is {seed}: it must not be negative.")
         for name, value in settings.items():
             if name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name]:
                 raise UserError(f"generation argument {name}={value} is not served by bridge: leave it out.")

@@ -193,12 +193,20 @@ def test_each_group_of_a_document_has_an_index_of_its_own():
     [
         ({"widht": 4}, "--model_args widht is not served by bridge"),
         ({"width": 0}, "--model_args width is 0"),
+        ({"seed": -1}, "--model_args seed is -1: it must not be negative"),
+        ({"seed": "abc"}, "--model_args seed is 'abc': it must be a whole number"),
+        ({"pretrained": None}, "--model_args names no model: write pretrained="),
         ({"dtype": "float16"}, "--model_args dtype is float16"),
     ],
 )
 def test_model_arguments_that_are_not_served_are_named(model_args, message):
     with pytest.raises(UserError, match=message):
-        BridgeLM(TINY, **model_args)
+        BridgeLM(**{"pretrained": TINY, **model_args})
+
+
+def test_lm_evals_command_line_without_a_model_is_one_sentence():
+    with pytest.raises(UserError, match="--model_args names no model: write pretrained="):
+        BridgeLM.create_from_arg_string("", {"batch_size": 1, "max_batch_size": None, "device": "cpu"})
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +224,10 @@ def requests_of(settings: dict, context: str = "<bos>12,35,27,19,31,22:49=") -> 
         ({"num_beams": 4}, "num_beams=4 is not served by bridge"),
         ({"max_gen_toks": 128}, "max_gen_toks is 128, but the model takes 128 tokens"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": None}, "generation argument top_k is None: it must be a whole number"),
+        ({"temperature": "hot"}, "generation argument temperature is 'hot': it must be a number"),
+        ({"max_gen_toks": "many"}, "generation argument max_gen_toks is 'many': it must be a whole number"),
+        ({"seed": -1}, "generation argument seed is -1: it must not be negative"),
     ],
 )
 def test_generation_arguments_that_cannot_be_served_are_named(model, settings, message):

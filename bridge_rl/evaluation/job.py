@@ -150,9 +150,14 @@ def make_job(
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Job:
-    """What the arguments ask for; for what they do not say, what the run's recipe, the suite and the house say."""
+    """What the arguments ask for; for what they do not say, what the run's recipe, the suite and the house say.
+
+    Raises UserError for arguments that cannot be, alone or together.
+    """
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {args.max_new_tokens}: it must be at least 1.")
     trained = trained_with(args.model)
-    limit = args.max_new_tokens or default_limit(suite, trained)
+    limit = first(args.max_new_tokens, default_limit(suite, trained))
     section = EvaluationSection(
         widths=widths,
         samples=args.samples,

@@ -75,6 +75,18 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is missing or damaged: what the samples beside it are of, nobody can say."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path.parent} holds samples, but {path.name} does not say what of ({error}): give another --output, or "
+            "delete the directory."
+        ) from error
+    return settings
+
+
 def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Write the settings into a new directory; raise UserError if it holds samples of others."""
     path = directory / SETTINGS_FILE
@@ -85,7 +97,7 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         except OSError as error:
             raise UserError(f"--output: nothing can be written to {directory} ({error}): name another.") from error
         return
-    before = json.loads(path.read_text())
+    before = read_settings(path)
     for key, value in settings.items():
         if before.get(key) != value:
             made = f"made with {key} {before.get(key)!r}, not {value!r}"

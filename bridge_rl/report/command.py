@@ -172,9 +172,17 @@ def run_directory(evaluation: Evaluation, run: Path | None) -> Path | None:
 
 
 def read_history(run: Path | None) -> list[dict[str, Any]]:
+    """What a run logged. Raises UserError for a line that is damaged."""
     if run is None:
         return []
-    return [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = run / "history.jsonl"
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}, is no JSON ({error}): mend or delete the line.") from error
+    return entries
 
 
 # -- what was asked for ---------------------------------------------------------------------------------------------

@@ -197,6 +197,7 @@ def test_the_mean_over_suites_by_hand():
         (["--problems", "0"], "--problems is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--probe-rows", "0"], "--probe-rows is 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(checkpoint, evaluated, capsys, options, complaint):
@@ -250,6 +251,16 @@ def test_samples_of_a_version_that_wrote_down_less_are_refused_by_what_it_lacks(
     claim(tmp_path, {"seed": 0})
     with pytest.raises(UserError, match="of an earlier version, which did not write down their prompt_ids"):
         claim(tmp_path, {"seed": 0, "prompt_ids": "12ab"})
+
+
+@pytest.mark.parametrize("left", [None, "", '{"seed": '])
+def test_samples_without_settings_are_refused(tmp_path, left):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "rank_0.jsonl").write_text("")
+    if left is not None:
+        (tmp_path / "evaluation.json").write_text(left)
+    with pytest.raises(UserError, match=r"holds samples, but evaluation.json does not say what of .*: give another"):
+        claim(tmp_path, {"seed": 0})
 
 
 def test_a_reward_that_was_edited_does_not_go_on_with_old_verdicts(checkpoint, tmp_path, capsys):

@@ -55,6 +55,14 @@ def test_one_directory_gives_page_tables_and_figures(tmp_path, run, capsys):
     assert (directory / "training.png").is_file()
 
 
+def test_a_half_line_of_the_history_is_named(tmp_path, run):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    lines = (run / "history.jsonl").read_text().splitlines()
+    (tmp_path / "history.jsonl").write_text("\n".join([*lines[:2], lines[2][:9]]))
+    with pytest.raises(UserError, match=r"history.jsonl, line 3, is no JSON .*: mend or delete the line"):
+        report(str(directory), "--run", str(tmp_path))
+
+
 def test_curves_of_the_model_itself_are_found(tmp_path, run):
     directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2), model=str(run))
     assert directory / "training.png" in command.write_report(directory)
