@@ -317,12 +317,13 @@ def test_a_task_of_which_few_problems_share_an_answer_is_judged(task):
 
 
 def test_a_task_with_fractions_in_its_rows_is_judged_by_its_answers():
-    suite, rows = gym("rg:gsm_symbolic:8")
-    assert len(rows) == 8
+    suite, rows = gym("rg:gsm_symbolic:20")
+    assert len(rows) == 20
+    assert json.loads(rows[11]["entry"])["metadata"]["variables"]["serving_fraction"] == "6"  # was Fraction(6, 1)
     score = load_reward(suite.reward, 0)
     columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
-    assert score(completions=[row["answer"] for row in rows], **columns) == [1.0] * 8
-    assert score(completions=["-1"] * 8, **columns) == [0.0] * 8
+    assert score(completions=[row["answer"] for row in rows], **columns) == [1.0] * 20
+    assert score(completions=["-1"] * 20, **columns) == [0.0] * 20
 
 
 def test_rows_whose_own_answer_is_empty_are_dropped_and_counted(capsys):
