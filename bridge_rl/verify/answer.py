@@ -1,10 +1,10 @@
 r"""Find the answer in a completion, bring it into a common form, decide the easy pairs. Pure, no sympy.
 
-A completion's answer is, in this order: the last `\boxed{...}`; what follows `####` in the last line; what follows the
-last "answer is"; the whole text if it is one bare expression; else its tail, in which the worker lets math-verify look.
-A box before `</think>` counts if nothing of the first three, and no bare number, comes after it. A last box that is
-left open (the completion was cut there), empty boxes alone, or one longer than MAX_CHARS give no answer at all: falling
-back to the working would reward a guess at what the writer meant.
+A completion's answer is, in this order: the last `\boxed{...}`; what follows `####` in the last line, or a number that
+does further up; what follows the last "answer is"; the whole text if it is one bare expression; else its tail, in which
+the worker lets math-verify look. A box before `</think>` counts if nothing of the first three, and no bare number, comes
+after it. A last box that is left open (the completion was cut there), empty boxes alone, or one longer than MAX_CHARS
+give no answer at all: falling back to the working would reward a guess at what the writer meant.
 
 Numbers (integers, decimals, fractions of integers) and words are decided here; everything else goes to a worker.
 """
@@ -60,14 +60,24 @@ def find_answer(completion: str) -> Answer | None:
     text = completion.rpartition("</think>")[2].strip() or completion
     if _BOX.search(text):
         return _marked(last_box(completion))
-    if hashes := _HASHES.search(text.rpartition("\n")[2]):  # further up it is a heading of Markdown
-        return _bare_or_prose(hashes[1])
+    if (answer := _after_hashes(text)) is not None:
+        return answer
     if marks := list(_ANSWER_IS.finditer(text)):
         return _bare_or_prose(_clause(text[marks[-1].end() :]), "The answer is ")
     answer = _bare_or_prose(text)
     if _BOX.search(completion) and (answer is None or number(answer.text) is None):
         return _marked(last_box(completion))
     return answer
+
+
+def _after_hashes(text: str) -> Answer | None:
+    """What follows `####` in the last line, else the last number that does: other text behind it is a heading."""
+    for place, line in enumerate(reversed(text.split("\n"))):
+        if hashes := _HASHES.search(line):
+            answer = _bare_or_prose(hashes[1])
+            if place == 0 or (answer is not None and number(answer.text) is not None):
+                return answer
+    return None
 
 
 def last_box(text: str) -> str | None:

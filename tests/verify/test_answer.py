@@ -41,6 +41,8 @@ from bridge_rl.verify.answer import (
         ("#### 5\n no\n#### 7", "7"),
         ("#### 1,234", "1234"),
         ("#### 7\n \n", "7"),
+        ("1 + 6 = 7\n#### 7\n\nQuestion: The answer is 9?", "7"),  # which goes on as few-shot prompts do
+        ("#### 8\n#### Check\n#### 1007 apples\nDone.", "1007"),
         ("#### Conclusion\n\nThe answer is 5.", "5"),
         ("#### Final Answer:\n\nThe answer is: $5$", "5"),
         ("The answer is 42.", "42"),
