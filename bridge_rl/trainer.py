@@ -148,10 +148,11 @@ class BridgeGRPOTrainer(GRPOTrainer):
             args.beta = 0.0  # or TRL would load a second model
         # TRL turns checkpoints of LoRA under ZeRO-3 into reentrant ones, for a DeepSpeed older than we need.
         checkpointing, args.gradient_checkpointing_kwargs = args.gradient_checkpointing_kwargs, None
-        blocks = [parameter.detach().clone() for parameter in blocks_on_quantized(model)]
+        quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+        blocks = [parameter.detach().clone() for _, parameter in bridge_parameters(model)] if quantized else []
         super().__init__(model, reward_funcs, args, rollout_func=lockstep_rollout, **kwargs)
         args.gradient_checkpointing_kwargs = checkpointing
-        if blocks:
+        if quantized:
             self._train_in_float32(blocks)
         if uses_fsdp():
             check_fsdp(self.accelerator)
@@ -467,12 +468,6 @@ class BridgeGRPOTrainer(GRPOTrainer):
         """Whether no step has been taken since the checkpoint from which the run went on."""
         checkpoint = self._resume.checkpoint
         return checkpoint is not None and run_checkpoints.step_of(checkpoint) == self.state.global_step
-
-
-def blocks_on_quantized(model: PreTrainedModel) -> list[Tensor]:
-    """The blocks of a model whose base is in 8 or 4 bits, else none."""
-    quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
-    return [parameter for _, parameter in bridge_parameters(model)] if quantized else []
 
 
 def _is_per_row(x: Any) -> bool:

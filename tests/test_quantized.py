@@ -1,6 +1,7 @@
 """A frozen base in 8 or 4 bits: what is trained, saved and loaded is the Bridge, and the base stays what it was."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,15 @@ def test_what_is_trained_on_a_quantized_base_is_in_float32(base, tmp_path, quant
     trainer.train()
     for (name, p), was in zip(blocks.items(), before, strict=True):
         assert (p != was).float().mean() > 0.9, name
+
+
+@needs_bitsandbytes
+def test_an_adapter_without_a_bridge_is_in_float32_too(base, tmp_path):
+    section = replace(recipe(base, "nf4", "lora"), bridge=None)
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    options = {"train": "lora", "peft": lora_config(section)}
+    trainer = make_trainer(tokenizer, tmp_path, load_policy(section), **options)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @needs_bitsandbytes
