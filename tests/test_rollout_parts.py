@@ -107,6 +107,7 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform):
 
 def test_packed_weights_multiply_alike_and_are_gone_afterwards(monkeypatch):
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_SIDE", 1)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8, bias=False)).requires_grad_(False)
     x = torch.randn(5, 1, 24)
@@ -120,9 +121,17 @@ def test_packed_weights_multiply_alike_and_are_gone_afterwards(monkeypatch):
         torch.testing.assert_close(model(x), 2 * expected, atol=1e-6, rtol=1e-5)
 
 
+def test_weights_that_the_layout_would_pad_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 16), torch.nn.Linear(16, 128), torch.nn.Linear(128, 64))
+    with packed_weights(model):
+        assert ["forward" in vars(layer) for layer in model] == [False, False, True]
+
+
 @pytest.mark.parametrize(("width", "packed"), [(1024, 0), (1025, 4)])
 def test_weights_are_packed_all_or_none_by_what_they_take_together(width, packed, monkeypatch):
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 4 * 8 * 1024)
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_SIDE", 1)
     model = torch.nn.Sequential(*(torch.nn.Linear(8, width) for _ in range(4)))
     with packed_weights(model):
         assert sum("forward" in vars(layer) for layer in model) == packed
@@ -130,6 +139,7 @@ def test_weights_are_packed_all_or_none_by_what_they_take_together(width, packed
 
 def test_weights_that_do_not_fit_twice_stay_as_they_are(monkeypatch):
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_SIDE", 1)
     monkeypatch.setattr("bridge_rl.rollout.packing.MEMORY_SHARE", 0.0)
     layer = torch.nn.Linear(24, 40)
     with packed_weights(layer):
@@ -139,6 +149,7 @@ def test_weights_that_do_not_fit_twice_stay_as_they_are(monkeypatch):
 def test_weights_stay_as_they_are_where_accelerate_casts_them(monkeypatch):
     """Its autocast begins within the model's forward: packed fp32 weights would meet bf16 there."""
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_SIDE", 1)
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # one state a process, which other tests have set
 
     class BehindAProduct(torch.nn.Module):  # as an attention's output projection is
@@ -156,6 +167,7 @@ def test_weights_stay_as_they_are_where_accelerate_casts_them(monkeypatch):
 
 def test_a_failure_while_weights_are_packed_leaves_none_of_them_packed(monkeypatch):
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_SIDE", 1)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8))
     number = count()
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 # Weights that are fewer, all together, stay in the processor's cache.
 LEAST_ELEMENTS = 2**22
+# The layout pads sides that are shorter, as LoRA's are.
+LEAST_SIDE = 64
 # Share of the free memory that the copies may take.
 MEMORY_SHARE = 0.25
 
@@ -40,8 +42,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 def packable(model: nn.Module) -> list[nn.Linear]:
     """Plain linear layers whose whole fp32 weight is on CPU; none without oneDNN, or where autocast would cast them.
 
-    None either where they are small. accelerate's autocast begins within the model's forward: it is seen as a wrapped
-    `forward`.
+    None either where they are few, and none with a short side. accelerate's autocast begins within the model's forward:
+    it is seen as a wrapped `forward`.
     """
     wrapped = hasattr(model, "_original_forward")
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or wrapped:
@@ -54,6 +56,7 @@ def packable(model: nn.Module) -> list[nn.Linear]:
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
         and module.weight.dim() == 2
+        and min(module.weight.shape) >= LEAST_SIDE
     ]
     return layers if sum(layer.weight.numel() for layer in layers) > LEAST_ELEMENTS else []
 

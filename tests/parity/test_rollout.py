@@ -369,6 +369,7 @@ def test_prompts_in_chunks_do_without_the_load_balance_of_experts():
 
 def test_a_stream_that_is_closed_early_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_ELEMENTS", 0)
+    monkeypatch.setattr("bridge_rl.rollout.packing.LEAST_SIDE", 1)
     model = make_bridged("llama").train()
     model.model.layers[1].eval()  # as some training keeps a part of it
     before = [module.training for module in model.modules()]
