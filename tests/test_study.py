@@ -176,15 +176,16 @@ def test_arms_of_the_small_study_are_the_recipes_that_are_shipped(tmp_path, task
     assert difference(shipped, recipe_of(study, replace(cell, seed=4), tmp_path)) == "seed"
 
 
-def test_the_study_of_questions_goes_on_from_the_small_one(tmp_path):
-    path = Path("studies/questions/study.yaml")
+@pytest.mark.parametrize(("name", "task_name"), [("questions", "two_tries"), ("checked_products", "checked_products")])
+def test_studies_of_questions_go_on_from_the_small_one(tmp_path, name, task_name):
+    path = Path("studies") / name / "study.yaml"
     questions, small = load_study(path), load_study(Path("studies/small/study.yaml"))
-    task = read_task(questions, "two_tries", path.parent / questions.results)
+    task = read_task(questions, task_name, path.parent / questions.results)
     shared = [arm for arm in questions.arms if arm in small.arms]
     assert shared == ["base", "rlvr_only", "pmatch", "bridge"]
     assert [sorted(task.cells[arm]) for arm in shared] == [small.seeds] * 4
     for arm in questions.arms.keys() - small.arms.keys():  # each is Bridge, changed in one thing
-        changed, ours = (recipe_of(questions, Cell("two_tries", name, 0, 1e-4), tmp_path) for name in (arm, "bridge"))
+        changed, ours = (recipe_of(questions, Cell(task_name, name, 0, 1e-4), tmp_path) for name in (arm, "bridge"))
         assert difference(changed, ours) is not None
 
 
