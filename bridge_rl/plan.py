@@ -1,75 +1,23 @@
-"""What a run will do, worked out without weights or network: groups, batches, parameters, memory, conflicts."""
+"""What a run will do, worked out without weights or network: groups, batches, parameters, memory."""
 
-import difflib
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import torch
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from trl import GRPOConfig
 
-from bridge_rl.checkpoint import is_bridge_checkpoint, read_config
-from bridge_rl.config import DataSource, Recipe
-from bridge_rl.data import FILE_FORMATS, import_function, is_function, load_problems, make_prompts, prompt_tokens
+from bridge_rl.config import Recipe
+from bridge_rl.conflicts import check_types, find_conflicts
+from bridge_rl.data import FILE_FORMATS, is_function, load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.memory import Memory, estimate
 from bridge_rl.memory_shapes import Parameters
-from bridge_rl.models import (
-    adapter_conflict,
-    load_reward,
-    load_tokenizer,
-    model_config,
-    quantization_config,
-    resolve_path,
-)
+from bridge_rl.models import load_tokenizer, model_config, resolve_path
 from bridge_rl.presets import preset_config
-from bridge_rl.report import names
-from bridge_rl.rollout.request import known_positions
-from bridge_rl.safety import conflicts, guard_conflicts
 from bridge_rl.surgery import attach_bridge, bridge_parameters
-from bridge_rl.update import part_conflicts
 
-# Fields of GRPOConfig that another section of the recipe decides.
-MANAGED = {
-    "num_generations": "rollout.num_generations",
-    "max_completion_length": "rollout.max_new_tokens",
-    "temperature": "rollout.temperature",
-    "reward_weights": "rewards.0.weight",
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "resume_from_checkpoint": "resume",
-    "model_init_kwargs": "model.dtype, model.revision or model.attn_implementation",
-    "trust_remote_code": "model.trust_remote_code",
-    "activation_checkpointing": "training.gradient_checkpointing",  # the older name, which TRL and the plan read
-    "activation_checkpointing_kwargs": "training.gradient_checkpointing_kwargs",
-    "chat_template_kwargs": "model.chat_template_kwargs",
-    "run_name": "logging.name",
-    "eval_strategy": "evaluation.every",
-    "eval_steps": "evaluation.every",
-    "num_generations_eval": "evaluation.widths",
-    "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
-}
-COUNTS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "generation_batch_size",
-    "num_iterations",
-)
-# Values that TRL reads in the first step only, long after the warm-up.
-CHOICES = {
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
-    "importance_sampling_level": ("token", "sequence"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "scale_rewards": ("group", "batch", "none", True, False),
-}
 GIB = 2**30
 ASSUMED_PROMPT_TOKENS = 512  # where the data are not at hand
 LONGEST_READ = 256  # prompts with most characters, of which the one with most tokens is found
@@ -109,31 +57,7 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
     check_types(recipe)
     config = preset_config(recipe.model.path) or model_config(recipe.model)
     parameters, batches = count_parameters(config, recipe), work_out_batches(recipe)
-    found = [
-        *unknown_options(recipe),
-        *conflicts({"per_device_train_batch_size": 8, **recipe.training}, recipe.rollout.width),
-    ]
-    found += [*batch_conflicts(recipe, batches), *file_conflicts(recipe), *guard_conflicts(recipe, config)]
-    found += [*metric_conflicts(recipe), *part_conflicts(recipe.training, config, recipe.update)]
-    found += checkpoint_conflicts(recipe)
-    if recipe.train == "lora" and recipe.training.get("cast_lm_head_to_fp32") and parameters.tied:
-        found.append(
-            "training.cast_lm_head_to_fp32 with train=lora: TRL cannot where the embedding is the head, leave it."
-        )
-    own_base = recipe.model.gguf_file or recipe.model.revision or is_bridge_checkpoint(resolve_path(recipe.model.path))
-    if recipe.train == "full" and recipe.training.get("beta") and own_base:
-        found.append(
-            "training.beta with train=full loads a second model as reference, and cannot from GGUF, a revision or a "
-            "checkpoint with a Bridge: set beta=0, or train=bridge or lora."
-        )
-    if recipe.model.quantization is not None:
-        found += quantization_conflicts(recipe)
-    longest = known_positions(config)
-    if longest is not None and recipe.rollout.max_new_tokens >= longest:
-        found.append(
-            f"rollout.max_new_tokens is {recipe.rollout.max_new_tokens}, but the model knows {longest} positions, "
-            "prompt included: lower it."
-        )
+    found = list(find_conflicts(recipe, config, batches, parameters.tied))
     read = longest_prompt(recipe) if read_data and not found else None
     prompt = read or ASSUMED_PROMPT_TOKENS
     # At least one, where a conflict says that a batch splits it.
@@ -177,27 +101,6 @@ def check(recipe: Recipe) -> Plan:
         if recipe.training.get(key) and not torch.cuda.is_available():
             raise UserError(f"training.{key} is on, but there is no GPU here: leave it out, CPU runs are in float32.")
     return plan
-
-
-def check_types(recipe: Recipe) -> None:
-    """Raise UserError for a value of `training` that GRPOConfig declares to be something else."""
-    for key, value in recipe.training.items():
-        if key in MANAGED or key not in type_hints() or key in CHOICES:
-            continue
-        hint = type_hints()[key]
-        try:
-            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
-        except ValidationError as error:
-            wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
-            raise UserError(f"training.{key} is {value!r}: it must be of type {wanted}.") from error
-        if key in COUNTS and value is not None and value < 1:
-            raise UserError(f"training.{key} is {value}: it must be at least 1.")
-
-
-@cache
-def type_hints() -> dict[str, Any]:
-    """Types of GRPOConfig's fields by name."""
-    return get_type_hints(GRPOConfig)
 
 
 def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
@@ -245,113 +148,6 @@ def work_out_batches(recipe: Recipe) -> Batches:
         groups_per_micro_batch=rows // rollout.width,
         updates_per_generation=per_generation * training.get("num_iterations", 1) / accumulation,
     )
-
-
-def unknown_options(recipe: Recipe) -> Iterator[str]:
-    """Keys of `training` that GRPOConfig does not have, or that another section decides."""
-    known = {f.name for f in fields(GRPOConfig) if f.init}
-    for key in recipe.training:
-        if key in MANAGED:
-            yield f"training.{key} is decided elsewhere: use {MANAGED[key]}."
-        elif key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            yield f"unknown key 'training.{key}'" + (f": did you mean '{near[0]}'?" if near else ".")
-        elif key in CHOICES and recipe.training[key] not in CHOICES[key]:
-            yield f"training.{key} is {recipe.training[key]!r}: use one of {', '.join(map(str, CHOICES[key]))}."
-
-
-def batch_conflicts(recipe: Recipe, batches: Batches) -> list[str]:
-    found = []
-    if batches.rows_per_generation % recipe.rollout.num_generations != 0:
-        found.append(
-            f"a generation batch of {batches.rows_per_generation} rows (per_device_train_batch_size x "
-            f"gradient_accumulation_steps x {batches.num_processes} processes) is no multiple of "
-            f"rollout.num_generations {recipe.rollout.num_generations}: change training.per_device_train_batch_size."
-        )
-    return found
-
-
-def metric_conflicts(recipe: Recipe) -> Iterator[str]:
-    """What a run is to follow or keep the best of must be measured while it trains: transformers looks late."""
-    training, section = recipe.training, recipe.evaluation
-    metric = training.get("metric_for_best_model")
-    if metric is None and training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
-        metric = "loss"  # transformers' own
-    if metric is None:
-        return
-    evaluated = recipe.data.eval is not None and section.every is not None
-    measured = [names.evaluation(name, width) for name in names.EVALUATION for width in section.widths]
-    if not evaluated:
-        yield f"training.metric_for_best_model is {metric}, but nothing is evaluated in training: set evaluation.every."
-    elif f"eval_{metric.removeprefix('eval_')}" not in measured:
-        yield (
-            f"training.metric_for_best_model is {metric}, which is not measured (transformers takes loss where a "
-            f"schedule needs one): use one of {', '.join(measured)}."
-        )
-
-
-def checkpoint_conflicts(recipe: Recipe) -> Iterator[str]:
-    """What a checkpoint with a Bridge, as the model, cannot be trained as."""
-    path = Path(resolve_path(recipe.model.path))
-    if (path / "adapter_config.json").is_file():
-        yield adapter_conflict(recipe.model)
-    if is_bridge_checkpoint(path) and "quantization" in read_config(path) and recipe.model.quantization is None:
-        yield f"model.path: {recipe.model.path} was trained on a quantized base: set model.quantization as it was."
-
-
-def quantization_conflicts(recipe: Recipe) -> Iterator[str]:
-    """A base in 8 or 4 bits has no gradients, and has not been tried in shards."""
-    quantization = f"model.quantization is {recipe.model.quantization}"
-    if recipe.train == "full":
-        yield f"{quantization} with train=full: a quantized base is frozen, set train=bridge or train=lora."
-    if recipe.launch.zero_stage > 0:
-        stage = recipe.launch.zero_stage
-        yield f"{quantization} with launch.zero_stage={stage}: set 0, a frozen base has little to shard."
-    if recipe.model.gguf_file is not None:
-        yield f"{quantization} with model.gguf_file: that is loaded dequantized, name a checkpoint in safetensors."
-    try:
-        quantization_config(recipe.model)
-    except UserError as error:
-        yield str(error)
-
-
-def file_conflicts(recipe: Recipe) -> list[str]:
-    """Files and functions that the recipe names and that are not there."""
-    found = []
-    for number, section in enumerate(recipe.rewards):
-        try:
-            load_reward(section, number)
-        except UserError as error:
-            found.append(str(error))
-    sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
-    if recipe.warmup is not None:
-        sources["warmup.data"] = recipe.warmup.data
-    for key, source in sources.items():
-        if source is not None:
-            found += source_conflicts(source, key)
-    output = Path(recipe.output_dir)
-    if output.exists() and not output.is_dir():
-        found.append(f"output_dir: {output} is a file: name a directory.")
-    return found
-
-
-def source_conflicts(source: DataSource, key: str) -> Iterator[str]:
-    """What is wrong with a source as far as it shows without reading the data."""
-    if source.path.endswith(FILE_FORMATS):
-        if not Path(source.path).is_file():
-            yield f"{key}.path: there is no file {source.path}."
-    elif ":" in source.path:
-        try:
-            import_function(source.path, f"{key}.path")
-        except UserError as error:
-            yield str(error)
-    if source.size is not None and source.size < 1:
-        yield f"{key}.size is {source.size}: it must be at least 1."
-    try:
-        if source.answer_pattern is not None and re.compile(source.answer_pattern).groups < 1:
-            yield f"{key}.answer_pattern is {source.answer_pattern!r}: put the answer's place in parentheses."
-    except re.error as error:
-        yield f"{key}.answer_pattern is {source.answer_pattern!r}, no regular expression: {error}."
 
 
 def describe(recipe: Recipe, plan: Plan) -> str:

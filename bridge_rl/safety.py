@@ -6,9 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import StateDictType
-from transformers import PreTrainedConfig
 
-from bridge_rl.config import Recipe
 from bridge_rl.errors import UserError
 
 # (option, value that is safe, reason and cure)
@@ -83,43 +81,6 @@ def check_safe(options: Mapping[str, Any], width: int) -> None:
         raise UserError(f"width is {width}: it must be at least 1.")
     for conflict in conflicts(options, width):
         raise UserError(conflict)
-
-
-INT8_KL = 0.05  # nats a token, above what int8 was measured to have
-_DROPOUT = ("attention_dropout", "resid_pdrop")  # what the layers of the served families apply in training
-
-
-def guard_conflicts(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
-    """Where training computes other log-probs than the rollout by intent, so that `max_rollout_kl` would end the run.
-
-    `config`: of the base.
-    """
-    if recipe.guards.max_rollout_kl is None:
-        return
-    sentence = "training with dropout computes other log-probs than the rollout, so the guard cannot tell"
-    # TRL's `disable_dropout` reaches modules (LoRA's, Phi's), not the attention's.
-    off, text = bool(recipe.training.get("disable_dropout")), config.get_text_config()
-    active = [key for key in _DROPOUT if getattr(text, key, None) and not (off and key == "resid_pdrop")]
-    if recipe.train == "lora" and recipe.lora.dropout > 0 and not off:
-        yield (
-            f"lora.dropout is {recipe.lora.dropout:g}: {sentence}, set guards.max_rollout_kl=null or lora.dropout=0."
-        )
-    for key in active:
-        yield (
-            f"model.path: the base's {key} is {getattr(text, key):g}: {sentence}, set guards.max_rollout_kl=null or "
-            f"{key} to 0 in its config.json."
-        )
-    if recipe.training.get("neftune_noise_alpha"):
-        yield (
-            "training.neftune_noise_alpha is set: training with noise computes other log-probs than the rollout, so "
-            "the guard cannot tell, set guards.max_rollout_kl=null or leave the noise out."
-        )
-    if recipe.model.quantization == "int8" and recipe.guards.max_rollout_kl < INT8_KL:
-        yield (
-            "model.quantization is int8, which rounds activations by the batch, so that training's log-probs differ "
-            "from the rollout's (by a KL of 0.03 to 0.04 for SmolLM2-135M, and guards.max_rollout_kl is "
-            f"{recipe.guards.max_rollout_kl:g}): set guards.max_rollout_kl=0.1 or null, or model.quantization=nf4."
-        )
 
 
 # (field of accelerate's plugin, value that is tested, key in the launcher's file, what to write there)
