@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils import logging
 
 from bridge_rl.block import BridgeConfig
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, first_line
 from bridge_rl.fingerprint import fingerprint
 from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state
 
@@ -147,9 +147,9 @@ def _load_base(directory: Path, name: str, quantization: dict[str, Any] | None, 
     try:
         return AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{directory} goes into the base {name}, which cannot be loaded ({reason}): pass where it is as base_model."
+            f"{directory} goes into the base {name}, which cannot be loaded ({first_line(error)}): pass where it is as "
+            "base_model."
         ) from error
 
 

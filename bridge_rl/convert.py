@@ -9,12 +9,14 @@ import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.checkpoint import CARD, CONFIG_FILE, SHARDS_OF_ZERO, read_config, save_blocks
+from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError
+from bridge_rl.models import model_config
 from bridge_rl.run_checkpoints import MANIFEST, problem_of
 from bridge_rl.surgery import attach_bridge
 
@@ -65,21 +67,13 @@ def read_zero(checkpoint: Path, trained_only: bool) -> dict[str, Tensor]:
 
 def skeleton(checkpoint: Path) -> PreTrainedModel:
     """The model in float32 with its blocks and without weights, for the names that its library gives them in files."""
-    content = read_config(checkpoint)
-    source = checkpoint if (checkpoint / "config.json").is_file() else content["base"]
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{checkpoint} goes into the base {source}, whose configuration cannot be loaded ({reason}): put it there."
-        ) from error
+    config = model_config(ModelSection(str(checkpoint)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if (checkpoint / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)  # else it is made from `config`
     with torch.device("meta"):
-        return attach_bridge(model, BridgeConfig(**content["bridge"]))
+        return attach_bridge(model, BridgeConfig(**read_config(checkpoint)["bridge"]))
 
 
 def copy_rest(checkpoint: Path, output: Path) -> None:

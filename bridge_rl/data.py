@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from bridge_rl.config import DataSection, DataSource
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, first_line
 
 FILE_FORMATS = (".jsonl", ".json", ".parquet")
 HUB_TIMEOUT_S = 10.0
@@ -64,7 +64,7 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
         try:
             return _read_file(path, f"{key}.path")
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, pyarrow.ArrowException) as error:
-            raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {_first_line(error)}.") from error
+            raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {first_line(error)}.") from error
     if path.is_file():
         raise UserError(f"{key}.path: {path} is no {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file.")
     if is_function(source.path):
@@ -79,7 +79,7 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
         return load_dataset(str(folder), source.name, split=source.split).to_list()
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
-            f"{key}.path: the data set {source.path} cannot be loaded ({_first_line(error)}): check its name and split."
+            f"{key}.path: the data set {source.path} cannot be loaded ({first_line(error)}): check its name and split."
         ) from error
 
 
@@ -118,7 +118,7 @@ def _hub_snapshot(source: DataSource, key: str) -> Path:
     except (HTTPError, OSError, ValueError) as error:
         if (folder := _cached_snapshot(source)) is not None:
             return folder
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else _first_line(error).rstrip(".")
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else first_line(error).rstrip(".")
         raise UserError(
             f"{key}.path: the data set {source.path} is not in the cache of this machine and the hub does not give it "
             f"({reason}): check its name, or run `{fetch_command(source)}` where there is a network and "
@@ -180,10 +180,6 @@ def _read_line(line: str, place: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{place} is no JSON ({error}): mend or delete the line.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def import_function(path: str, key: str) -> Any:

@@ -9,3 +9,8 @@ class UserError(ValueError):
 
 class Stopped(Exception):  # noqa: N818
     """Why a run ended before its last step, and where it is saved. The command line exits with STOPPED_CODE."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says was wrong, for a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

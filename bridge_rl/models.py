@@ -30,7 +30,7 @@ from transformers import (
 from bridge_rl.checkpoint import cast_blocks, is_bridge_checkpoint, load_bridge, read_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.data import GIVEN_TO_REWARDS, import_function
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, first_line
 from bridge_rl.reward_errors import failing_row
 from bridge_rl.surgery import attach_bridge, find_state, has_bridge
 from bridge_rl.verify.answer import comparable_answer
@@ -174,11 +174,10 @@ def _cannot_load(section: ModelSection, path: str, error: Exception) -> UserErro
     name = section.path if path == resolve_path(section.path) else f"{path}, the base of {section.path},"
     if Path(path).is_absolute() and not Path(path).exists():
         return UserError(f"model.path: there is no directory {name.rstrip(',')}.")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     cure = "check what is in it."
     if not Path(path).exists():
         cure = f"check the name, or fetch it where there is a network: hf download {path}"
-    return UserError(f"model.path: {name} cannot be loaded ({reason}): {cure}")
+    return UserError(f"model.path: {name} cannot be loaded ({first_line(error)}): {cure}")
 
 
 def load_policy(recipe: Recipe) -> PreTrainedModel:

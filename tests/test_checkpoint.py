@@ -85,7 +85,7 @@ def test_conversion_without_the_base_leaves_nothing(tmp_path):
     )
     write_config(model, tmp_path / "adapter")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"goes into the base .*base, whose configuration cannot be loaded"):
+    with pytest.raises(ValueError, match=r"there is no directory .*base, the base of .*adapter"):
         convert(tmp_path / "adapter", tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 
