@@ -14,6 +14,8 @@ from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows, split_rows
 from bridge_rl.packed import PackedGroups
 
+EPS = 1e-6  # of the norms
+
 
 @dataclass(frozen=True)
 class BridgeConfig:
@@ -64,10 +66,10 @@ class BridgeBlock(nn.Module):
     trainable fp32 block.
     """
 
-    def __init__(self, hidden_size: int, config: BridgeConfig, eps: float = 1e-6, **factory: Any) -> None:
+    def __init__(self, hidden_size: int, config: BridgeConfig, **factory: Any) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.inner_width = config.num_heads, config.head_dim, config.inner_width
-        self.norm = nn.RMSNorm(hidden_size, eps=eps, **factory)
+        self.norm = nn.RMSNorm(hidden_size, eps=EPS, **factory)
         self.qkv_proj = nn.Linear(hidden_size, 3 * config.inner_width, bias=False, **factory)
         self.o_proj = nn.Linear(config.inner_width, hidden_size, bias=False, **factory)
         self.reset_parameters()
@@ -141,9 +143,9 @@ class MatchedMLP(nn.Module):
     Rows do not see each other. The hidden size is twice the block's inner width: 2*D*2W = 4*D*W, an exact match.
     """
 
-    def __init__(self, hidden_size: int, config: BridgeConfig, eps: float = 1e-6, **factory: Any) -> None:
+    def __init__(self, hidden_size: int, config: BridgeConfig, **factory: Any) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=eps, **factory)
+        self.norm = nn.RMSNorm(hidden_size, eps=EPS, **factory)
         self.up_proj = nn.Linear(hidden_size, 2 * config.inner_width, bias=False, **factory)
         self.down_proj = nn.Linear(2 * config.inner_width, hidden_size, bias=False, **factory)
         self.reset_parameters()

@@ -816,4 +816,4 @@ def test_a_study_with_a_killed_cell_goes_on_and_ends_with_the_same_results(tmp_p
     assert len(theirs.trained) == 1
     for width in (1, 4):
         right = np.array(ours.right(width))  # [groups, problems]
-        assert right.mean() / width == pytest.approx(ours.metric("pass@1", width).value)
+        assert right.mean() / width == pytest.approx(ours.find("pass@1", width).value)

@@ -54,9 +54,9 @@ class Judge:
     final_answer: Callable[[str], str | None]
 
     @classmethod
-    def of(cls, section: RewardSection, number: int = 0) -> "Judge":
-        """By the reward that a recipe names, and the `final_answer` beside it. Raises UserError if there is none."""
-        return cls(load_reward(section, number), load_final_answer(section))
+    def of(cls, section: RewardSection) -> "Judge":
+        """By the first reward of a recipe, and the `final_answer` beside it. Raises UserError if there is none."""
+        return cls(load_reward(section, 0), load_final_answer(section))
 
     def __call__(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[list[str]], tokens: Sequence[list[list[int]]]

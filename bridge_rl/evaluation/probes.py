@@ -24,6 +24,8 @@ from bridge_rl.group import merge_rows
 from bridge_rl.meters import find_blocks, record_norm_ratios
 from bridge_rl.rollout.sampling import SamplingParams
 
+WATCHED = 256  # groups
+
 
 def run_probes(
     model: PreTrainedModel,
@@ -34,16 +36,14 @@ def run_probes(
     params: SamplingParams,
     index_of: Callable[[SampledGroup], int],
     judge: Judging,
-    max_groups: int = 256,
     max_rows: int = 64,
-    bins: int = 10,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Probes:
     """Everything that `Probes` holds, from the groups of condition `model` at `width` among `groups`.
 
     rows: the problems, with `prompt`, `problem`, `answer`. params, index_of: what the groups were sampled with, and the
     index of each among the draws. judge: an `evaluation.judge.Judge`.
-    max_groups: groups that the blocks are watched on, the first ones, one a problem before a second of any.
+    The blocks are watched on the first WATCHED groups, one a problem before a second of any.
     max_rows: wrong rows tried with other siblings. progress: told of rows sampled anew, and of how many there will be.
     The model's mode, its switch and its width are left as they were. Raises UserError if the model has no Bridge or
     there are no such groups.
@@ -52,8 +52,8 @@ def run_probes(
     if not mine:
         raise UserError(f"There are no groups of width {width} to probe: sample that width first.")
     prompt_ids = prompt_tokens(tokenizer, [row["prompt"] for row in rows])
-    watched = sorted(mine, key=lambda group: (group.group, group.problem))[:max_groups]
-    found = probe_blocks(model, [prompt_ids[g.problem] for g in watched], [g.tokens for g in watched], bins)
+    watched = sorted(mine, key=lambda group: (group.group, group.problem))[:WATCHED]
+    found = probe_blocks(model, [prompt_ids[g.problem] for g in watched], [g.tokens for g in watched])
     tried = run_counterfactuals(
         model, tokenizer, rows, prompt_ids, mine, params, index_of, judge, max_rows=max_rows, progress=progress
     )

@@ -50,10 +50,9 @@ class Table:
 # -- what stands in them --------------------------------------------------------------------------------------------
 
 
-def summary_table(summaries: Sequence[Summary], metrics: Sequence[str] | None = None) -> Table:
-    """One row a condition and width; `metrics` defaults to the important ones that are there."""
-    present = ordered_metrics(summaries)
-    shown = [name for name in present if name in METRICS] if metrics is None else list(metrics)
+def summary_table(summaries: Sequence[Summary]) -> Table:
+    """One row a condition and width, with the important metrics that are there."""
+    shown = [name for name in ordered_metrics(summaries) if name in METRICS]
     rows = [
         [
             CONDITIONS[summary.condition],

@@ -179,13 +179,10 @@ class Rollout:
         """One forward pass: a piece of a prefill while whole groups fit, else a step of what runs."""
         if self.prefill is None:
             self.prefill = self.next_prefill()
-        start = time.perf_counter()
         if self.prefill is not None:
             self.prefill_chunk(self.prefill)
-            self.stats.prefill_seconds += time.perf_counter() - start
         else:
             self.decode()
-            self.stats.step_seconds += time.perf_counter() - start
 
     # Admission
 

@@ -70,8 +70,6 @@ class RolloutStats:
     forwards: int = 0
     steps: int = 0
     row_steps: int = 0
-    prefill_seconds: float = 0.0
-    step_seconds: float = 0.0
     peak_cache_tokens: int = 0
     held_tokens_at_peak: int = 0
     preempted: int = 0

@@ -80,18 +80,20 @@ class CellResult:
     history: dict[str, list[float]] = field(default_factory=dict)
     base: str | None = None
 
-    def find(self, metric: str, width: int | None = None, condition: str = "model") -> Estimate | None:
-        """Of one condition at one width, by default that of training."""
-        width = self.trained_width if width is None else width
+    def find(self, metric: str, width: int, condition: str = "model") -> Estimate | None:
+        """Of one condition at one width."""
         for summary in self.summaries:
             if (summary.condition, summary.width) == (condition, width):
                 return summary.metrics.get(metric)
         return None
 
-    def metric(self, metric: str, width: int | None = None, condition: str = "model") -> Estimate:
-        found = self.find(metric, width, condition)
+    def metric(self, metric: str) -> Estimate:
+        """At the width of training. Raises UserError where it was not measured."""
+        found = self.find(metric, self.trained_width)
         if found is None:
-            raise UserError(f"{self.task}/{self.arm}/{self.seed} has no {metric} at width {width}: evaluate it again.")
+            raise UserError(
+                f"{self.task}/{self.arm}/{self.seed} has no {metric} at width {self.trained_width}: evaluate it again."
+            )
         return found
 
     def right(self, width: int, condition: str = "model") -> list[list[int]] | None:

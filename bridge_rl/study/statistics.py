@@ -31,7 +31,7 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach)
 
 
-def over_seeds_and_problems(differences: Array, seed: int = SEED) -> Estimate:
+def over_seeds_and_problems(differences: Array) -> Estimate:
     """Mean of paired differences [seeds, problems] and a 95 % percentile interval of a two-way bootstrap.
 
     Seeds and problems are drawn anew independently, since every seed answers the same problems (pigeonhole bootstrap,
@@ -39,7 +39,7 @@ def over_seeds_and_problems(differences: Array, seed: int = SEED) -> Estimate:
     is: it is there to show what the choice of the problems adds.
     """
     seeds, problems = differences.shape
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds  # [R, S]
     drawn_problems = rng.multinomial(problems, np.full(problems, 1 / problems), RESAMPLES) / problems  # [R, P]
     means = np.einsum("rs,rs->r", drawn_seeds, drawn_problems @ differences.T)
