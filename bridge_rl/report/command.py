@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bridge_rl.cli import parse_numbers
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.aggregate import compare, regroup
+from bridge_rl.evaluation.aggregate import by_setting, compare, regroup
 from bridge_rl.evaluation.results import Comparison, Results, read_results
 from bridge_rl.evaluation.samples import SampledGroup, SampleStore
 from bridge_rl.report import html, tables
@@ -284,10 +284,8 @@ def compare_runs(first: Evaluation, second: Evaluation) -> list[Comparison]:
 
 def by_width(evaluation: Evaluation) -> dict[int, list[SampledGroup]]:
     """Groups of the model as it is. Rows of a model without a Bridge were sampled one by one and serve every width."""
-    sampled: dict[int, list[SampledGroup]] = {}
-    for group in evaluation.groups:
-        if group.condition == "model":
-            sampled.setdefault(group.width, []).append(group)
+    settings = by_setting(evaluation.groups)
+    sampled = {width: own for (condition, width), own in settings.items() if condition == "model"}
     widths = {summary.width for summary in evaluation.results.summaries if summary.condition == "model"}
     regrouped = {width: regroup(sampled[1], width) for width in widths - sampled.keys() if 1 in sampled}
     return {**sampled, **regrouped}

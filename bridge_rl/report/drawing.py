@@ -119,19 +119,19 @@ def shown_name(name: str) -> str:
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
+@styled
 def save_png(figure: Figure, path: Path) -> None:
     """On white, at 160 dots an inch."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=160, facecolor="white")
+    figure.savefig(path, dpi=160, facecolor="white")
 
 
+@styled
 def as_svg(figure: Figure, name: str, description: str) -> str:
     """An `<svg>` for a page: ids begin with `name`; colours are the page's `--ink`, `--grid`, `--c0` ..., `--r0` ..."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = re.sub(r'\bid="', f'id="{name}-', text[text.index("<svg") :])
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation.aggregate import by_setting
 from bridge_rl.evaluation.results import Summary
 from bridge_rl.evaluation.samples import SampledGroup
 from bridge_rl.report.labels import CONDITIONS
@@ -41,13 +42,10 @@ def choose_groups(
 
     They are spread evenly over the problems; up to three quarters are mixed ones, if there are so many.
     """
-    settings: dict[tuple[str, int], list[SampledGroup]] = {}
-    for group in groups:
-        settings.setdefault((group.condition, group.width), []).append(group)
-    order = list(CONDITIONS)
+    settings = by_setting(groups)
     chosen = []
-    for key in sorted(settings, key=lambda key: (order.index(key[0]), key[1])):
-        candidates = sorted(settings[key], key=lambda group: (group.problem, group.group))
+    for own in settings.values():
+        candidates = sorted(own, key=lambda group: (group.problem, group.group))
         tokens = sum(len(row) for group in candidates for row in group.tokens) / len(candidates)
         fit = int(most_tokens / len(settings) / max(tokens, 1))
         chosen += choose_mixed(candidates, max(1, min(most, fit)))

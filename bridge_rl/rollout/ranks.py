@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
+from bridge_rl.rollout.decode import siblings
 from bridge_rl.surgery import has_bridge
 
 
@@ -28,8 +29,8 @@ class Ranks:
         """Take part in a pass that only other ranks need, with one token that is alone."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
         # Left out, it would be made for groups of the model's own width, which one row is not.
-        alone = {"bridge_alive": torch.ones(1, 1, 1, dtype=torch.bool, device=token.device)}
-        self.model(input_ids=token, use_cache=False, **(alone if has_bridge(self.model) else {}))
+        alone = torch.ones(1, 1, 1, dtype=torch.bool, device=token.device)
+        self.model(input_ids=token, use_cache=False, **siblings(has_bridge(self.model), alone))
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bridge_rl.group import groups_of, pad_left, pad_right, repeat_for_rows, split_rows
-from bridge_rl.rollout.decode import sampling_mode
+from bridge_rl.rollout.decode import sampling_mode, siblings
 from bridge_rl.rollout.ending import eos_token_ids
 from bridge_rl.rollout.request import Group
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms, scaled_logprobs
@@ -68,7 +68,7 @@ def generate_groups_slowly(
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         use_cache=True,
         logits_to_keep=1,
-        **_alive(model, mask[:, None, :].bool()),
+        **siblings(has_bridge(model), mask[:, None, :].bool()),
     )
     cache = output.past_key_values
     cache.batch_repeat_interleave(width)
@@ -92,15 +92,10 @@ def generate_groups_slowly(
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-            **_alive(model, split_rows(seen[:, None], width)),
+            **siblings(has_bridge(model), split_rows(seen[:, None], width)),
         )
         logits, position = output.logits[:, -1], position + 1
     return _collect(torch.stack(tokens, 1), torch.stack(logprobs, 1), eos, width)
-
-
-def _alive(model: PreTrainedModel, alive: Tensor) -> dict[str, Tensor]:
-    """The layout as a keyword; models without blocks do not take it."""
-    return {"bridge_alive": alive} if has_bridge(model) else {}
 
 
 def _collect(tokens: Tensor, logprobs: Tensor, eos: Tensor, width: int) -> list[Group]:

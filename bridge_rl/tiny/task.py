@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 CHARACTERS = "0123456789,:;=+!"
 NUMBERS = range(10, 40)
@@ -79,9 +80,5 @@ def demonstrate(problem: Problem, rng: random.Random) -> str:
 
 def dataset(seed: int, size: int) -> list[dict[str, str]]:
     """`size` rows with `problem` and `answer`; the answer is the target, since several pairs may be right."""
-    problems = make_problems(seed)
-    rows = []
-    for _ in range(size):
-        problem = next(problems)
-        rows.append({"problem": problem.text, "answer": str(problem.target)})
-    return rows
+    problems = islice(make_problems(seed), size)
+    return [{"problem": problem.text, "answer": str(problem.target)} for problem in problems]
