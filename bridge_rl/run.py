@@ -25,6 +25,7 @@ from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import write_results
 from bridge_rl.evaluation.run import PATIENCE, listens, num_completions, plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore, write_for_readers
+from bridge_rl.evaluation.settings import SETTINGS_FILE, digest
 from bridge_rl.models import (
     find_file,
     load_final_answer,
@@ -65,6 +66,7 @@ DECIDES_RUN = (
     "training.optim",
     *(f"rollout.{key}" for key in OF_ROLLOUT),
 )  # not memory, which changes no token
+DECIDES_SAMPLES = ("temperature", "top_p", "max_new_tokens", "seed")  # of an evaluation, beside weights and problems
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -382,6 +384,10 @@ def evaluation_directory(recipe: Recipe, step: int) -> Path:
     return Path(recipe.output_dir) / "evaluation" / f"step_{step:06d}"
 
 
+def is_text(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
+
+
 def described(recipe: Recipe) -> dict[str, Any]:
     """What a page says of how an evaluation in a run was made."""
     assert recipe.data.eval is not None
@@ -406,13 +412,19 @@ def make_evaluator(
 ) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
     """Evaluation at every width of the recipe, shared out over the ranks, whose samples and results are kept."""
     rows = eval_set.to_list()
+    settings = json.dumps({"problems": digest(rows), **{key: described(recipe)[key] for key in DECIDES_SAMPLES}})
 
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
         directory = evaluation_directory(recipe, step)
-        if state.is_local_main_process and not trainer.resumed_here:  # of a run whose weights may have been others
+        # Samples that are there may be of other weights, problems or temperature.
+        kept = trainer.resumed_here and is_text(directory / SETTINGS_FILE, settings)
+        if state.is_local_main_process and not kept:
             shutil.rmtree(directory, ignore_errors=True)
         state.wait_for_everyone()
+        if state.is_main_process and not kept:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / SETTINGS_FILE).write_text(settings)
         store = SampleStore(directory / "samples", state.process_index)
         with trainer.model_for_sampling() as model:
             limit = recipe.rollout.max_new_tokens

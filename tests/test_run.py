@@ -327,6 +327,28 @@ def test_a_reward_that_fails_in_an_evaluation_saves_the_run_which_goes_on_with_i
     assert (failed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_a_run_that_goes_on_with_another_evaluation_keeps_no_samples_of_the_old_one(tmp_path):
+    options = [option for option in SMALL if not option.startswith("warmup.")]
+    options += ["warmup=null", "training.save_strategy=steps", "training.save_steps=2", f"output_dir={tmp_path}"]
+    main(["train", "recipes/tiny_arith.yaml", *options])
+    directory = tmp_path / "evaluation" / "step_000002"
+
+    def evaluated(*overrides):
+        main(["train", "recipes/tiny_arith.yaml", *options, *overrides])  # from the checkpoint of the last step
+        [first, *_] = (directory / "problems.jsonl").read_text().splitlines()
+        groups = {group.key: group.tokens for group in SampleStore(directory / "samples").read()}
+        return json.loads(first)["text"], groups, (directory / "samples" / "rank_0.jsonl").stat().st_mtime_ns
+
+    problem, groups, written = evaluated()
+    same = evaluated("evaluation.widths=[1,2]")
+    assert same == (problem, groups, written)  # more or fewer widths: what is there stays
+    greedy = evaluated("evaluation.temperature=0")
+    assert greedy[0] == problem
+    assert greedy[1].keys() == groups.keys()
+    assert all(greedy[1]["model", 1, 0, n] == greedy[1]["model", 1, 0, 0] for n in range(4))
+    assert evaluated("data.eval.kwargs.seed=77")[0] != problem
+
+
 def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--model", "runs/not_made_yet", "1"])

@@ -72,7 +72,7 @@ def digest_of_reward(reward: RewardSection) -> str:
 
 
 def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
