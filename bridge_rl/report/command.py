@@ -20,7 +20,7 @@ from bridge_rl.report import html, tables
 from bridge_rl.report.drawing import as_svg, save_png
 from bridge_rl.report.labels import METRICS
 from bridge_rl.report.plots import draw, widths_figure
-from bridge_rl.report.viewer import choose_groups, hears, read_pieces, read_problems, regrouped, viewer_data
+from bridge_rl.report.viewer import choose_groups, counted, hears, read_pieces, read_problems, regrouped, viewer_data
 
 # What a reader who cannot see a figure is told.
 DESCRIPTIONS = {
@@ -34,7 +34,7 @@ DESCRIPTIONS = {
     "runs": "accuracy of several runs over width",
 }
 # What runs have to share for their difference to be one of the models, by the names in `Results.meta`.
-SETTINGS = ("temperature", "top_p", "max_new_tokens", "reward", "prompt")
+SETTINGS = ("temperature", "top_p", "max_new_tokens", "reward", "judging", "prompt")
 MOST_NAMED = 5
 
 
@@ -63,9 +63,9 @@ class Evaluation:
 
     @cached_property
     def groups(self) -> list[SampledGroup]:
-        """Empty where there are no samples beside the results."""
+        """Those that the results are of; empty where there are no samples beside them."""
         samples = self.directory / "samples"
-        return SampleStore(samples).read() if samples.is_dir() else []
+        return counted(SampleStore(samples).read(), self.results.summaries) if samples.is_dir() else []
 
 
 def report(args: argparse.Namespace) -> None:
@@ -235,6 +235,9 @@ def settings_caution(evaluations: Sequence[Evaluation]) -> str:
         if len(set(map(str, known.values()))) > 1:
             values = [f"{textwrap.shorten(str(value), 80)} in {name}" for name, value in known.items()]
             differing.append(f"{html.META[key]} ({', '.join(values)})")
+    asked = [{n: p["prompt"] for n, p in e.problems.items()} for e in evaluations] if len(evaluations) > 1 else []
+    if any(prompts != asked[0] for prompts in asked) and not any(text.startswith("prompt (") for text in differing):
+        differing.append("what stands around each problem, as a system prompt (problems.jsonl)")
     if not differing:
         return ""
     return (

@@ -1,6 +1,7 @@
 """Which sampled groups a page shows side by side, and the data it holds for that."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ def regrouped(summaries: Sequence[Summary], groups: Sequence[SampledGroup]) -> l
         if sampled == {1} and any(s.condition == condition and s.width > 1 for s in summaries):
             found.append(condition)
     return found
+
+
+def counted(groups: Sequence[SampledGroup], summaries: Sequence[Summary]) -> list[SampledGroup]:
+    """Those that results with these summaries are of.
+
+    More are there where a call for more samples or widths was cut off, of which the short ones are written first, and
+    where a later call asked for fewer.
+    """
+    alone, numbers = regrouped(summaries, groups), Counter[tuple[str, int]]()
+    for summary in summaries:
+        single = summary.condition in alone
+        key = (summary.condition, 1 if single else summary.width)
+        numbers[key] = max(numbers[key], summary.groups_per_problem * (summary.width if single else 1))
+    return [group for group in groups if group.group < numbers[group.condition, group.width]]
 
 
 def hears(groups: Sequence[SampledGroup]) -> bool:

@@ -129,6 +129,18 @@ def test_runs_are_compared_on_the_same_problems(tmp_path, capsys):
     assert not (first / "comparison.md").exists()
 
 
+def test_runs_are_compared_on_the_samples_of_their_results(tmp_path):
+    first = make_evaluation(tmp_path / "first", problems=12, widths=(1, 4))
+    second = make_evaluation(tmp_path / "second", problems=12, widths=(1, 4), seed=5)
+    before = command.compare_runs(command.Evaluation(first), command.Evaluation(second))
+    rng = random.Random(1)
+    more = [make_group(rng, "model", 4, problem, 2, 20) for problem in range(5)]  # --samples 12, cut off
+    wider = [make_group(rng, "model", 8, problem, 0, 20) for problem in range(12)]
+    SampleStore(first / "samples").append([*more, *wider])
+    SampleStore(second / "samples").append(wider)
+    assert command.compare_runs(command.Evaluation(first), command.Evaluation(second)) == before
+
+
 def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
     directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
     for name in ("training.png", "mine.png"):
@@ -151,6 +163,18 @@ def test_runs_evaluated_otherwise_are_compared_with_caution(tmp_path, capsys):
     assert caution in page
     assert "runs/first (first) with runs/second, on the same problems" in page
     assert caution in (first / "comparison.md").read_text()
+
+
+def test_runs_judged_or_asked_otherwise_are_compared_with_caution(tmp_path, capsys):
+    first = copy(make_evaluation(tmp_path / "made", problems=3, widths=(1, 2)), tmp_path / "first", judging="0a")
+    second = copy(first, tmp_path / "second", judging="0b")  # the reward's file was edited in between
+    path = second / "problems.jsonl"
+    path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Think. '))
+    report(str(first), str(second))
+    assert (
+        "fingerprint of the reward's file (0a in runs/first, 0b in runs/second); what stands around each problem, as a "
+        "system prompt (problems.jsonl)."
+    ) in capsys.readouterr().out
 
 
 def test_a_directory_named_twice_is_refused(tmp_path):
