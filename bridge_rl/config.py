@@ -283,6 +283,8 @@ class EvaluationSection:
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
             raise UserError(f"evaluation.widths is {self.widths}: name at least one width, each at least 1.")
+        if len(set(self.widths)) < len(self.widths):
+            raise UserError(f"evaluation.widths is {self.widths}: name each width once.")
         for key in ("problems", "samples", "every", "max_new_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:

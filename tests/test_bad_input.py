@@ -164,6 +164,7 @@ OVERRIDES = {
     "bf16 without a GPU": ("training.bf16=true", ["training.bf16 is on", "no GPU"]),
     "fp16 without a GPU": ("training.fp16=true", ["training.fp16 is on", "no GPU"]),
     "no width to evaluate": ("evaluation.widths=[]", ["evaluation.widths is []"]),
+    "a width twice": ("evaluation.widths=[1,4,4]", ["evaluation.widths is [1, 4, 4]: name each width once"]),
     "no samples to evaluate": ("evaluation.samples=0", ["evaluation.samples is 0"]),
     "seed below 0": ("seed=-1", ["seed is -1"]),
     "no rank of LoRA": ("lora.r=0", ["lora.r is 0"]),

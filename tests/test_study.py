@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,6 +433,17 @@ def test_the_base_is_asked_as_the_trained_arms_are(tmp_path):
     job = evaluation_job(study, cell, recipe_of(study, cell, tmp_path), tmp_path, base=True)
     assert [turn["role"] for turn in job.rows[0]["prompt"]] == ["system", "user"]
     assert job.rows[0]["prompt"][0]["content"] == "add"
+
+
+def test_a_base_that_is_a_run_of_its_own_is_asked_as_the_arms_are(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree("bridge_rl/tiny/model", base)
+    own = load_recipe(Path("recipes/tiny_arith.yaml"), ["data.system_prompt='its own'"])
+    (base / "recipe.yaml").write_text(own.to_yaml())
+    study = load_study(write_study(tmp_path, overrides=[*STUDY["overrides"], f"model.path={base}"]))
+    cell = Cell("tiny", "base", 0, None)
+    job = evaluation_job(study, cell, recipe_of(study, cell, tmp_path), tmp_path, base=True)
+    assert [turn["role"] for turn in job.rows[0]["prompt"]] == ["user"]
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------

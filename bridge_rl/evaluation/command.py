@@ -19,6 +19,7 @@ from bridge_rl.evaluation.analyse import METHODS
 from bridge_rl.evaluation.job import make_job
 from bridge_rl.evaluation.results import Estimate, Results, Summary, write_results
 from bridge_rl.evaluation.run import PATIENCE, eos_ids
+from bridge_rl.evaluation.settings import trained_with
 from bridge_rl.evaluation.suites import expand
 from bridge_rl.fingerprint import whole_fingerprint
 from bridge_rl.models import call_users, load_function, load_model, load_tokenizer
@@ -37,7 +38,8 @@ def evaluate(args: argparse.Namespace) -> None:
         load_function(args.reward, "--reward")  # before the model is loaded
     model, tokenizer = load_for_sampling(args.model)
     weights = whole_fingerprint(model)
-    jobs = [make_job(args, suite, widths, lengths, methods, model, weights, tokenizer) for suite in suites]
+    trained = trained_with(args.model)
+    jobs = [make_job(args, suite, widths, lengths, methods, model, weights, tokenizer, trained) for suite in suites]
     root = args.output or output_directory(args.model)
     if args.output is not None and len(suites) == 1:
         jobs[0].run(root)

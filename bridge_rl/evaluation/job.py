@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bridge_rl.config import DataSection, EvaluationSection
+from bridge_rl.config import DataSection, EvaluationSection, Recipe
 from bridge_rl.data import make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import Chooser
@@ -36,7 +36,6 @@ from bridge_rl.evaluation.settings import (
     first,
     lengths_below,
     reward_of,
-    trained_with,
 )
 from bridge_rl.evaluation.suites import MATH_REWARD, Suite, load_suite
 from bridge_rl.report.command import write_report
@@ -149,14 +148,15 @@ def make_job(
     model: PreTrainedModel,
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
+    trained: Recipe | None,
 ) -> Job:
     """What the arguments ask for; for what they do not say, what the run's recipe, the suite and the house say.
 
+    trained: that recipe, where the model is to be asked as its run asked it.
     Raises UserError for arguments that cannot be, alone or together.
     """
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}: it must be at least 1.")
-    trained = trained_with(args.model)
     limit = first(args.max_new_tokens, default_limit(suite, trained))
     section = EvaluationSection(
         widths=widths,

@@ -179,9 +179,10 @@ def evaluation_job(study: Study, cell: Cell, recipe: Recipe, directory: Path, ba
         probe_rows=1,
     )
     widths = [recipe.rollout.width] if cell.search else sorted(study.widths)
-    return make_job(
-        args, suite, widths, [limit], ("majority",), model, whole_fingerprint(model), load_tokenizer(trained)
-    )
+    weights, tokenizer = whole_fingerprint(model), load_tokenizer(trained)
+    # The base may be a run of its own: it is asked as the arms are all the same.
+    of_run = None if base else recipe
+    return make_job(args, suite, widths, [limit], ("majority",), model, weights, tokenizer, of_run)
 
 
 def evaluate(job: Job, directory: Path) -> tuple[Results, list[SampledGroup], float | None]:
