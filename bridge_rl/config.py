@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError
@@ -308,7 +310,8 @@ class LoggingSection:
     project: its name there. name: the run's; None: that of output_dir.
     """
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    # YAML takes an `off` without quotes for false.
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
     project: str = "bridge-rl"
     name: str | None = None
     __pydantic_config__: ClassVar = STRICT

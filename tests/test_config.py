@@ -66,6 +66,12 @@ def test_null_switches_a_section_off():
     assert load_recipe(TINY, ["data.eval=null"]).data.eval is None
 
 
+def test_off_needs_no_quotes():
+    assert load_recipe(TINY, ["logging.wandb=off"]).logging.wandb == "off"
+    with pytest.raises(UserError, match=r"the key 'logging.wandb' is True: input should be 'off', 'offline' or"):
+        load_recipe(TINY, ["logging.wandb=on"])
+
+
 def test_without_a_bridge_there_is_no_warm_up():
     recipe = load_recipe(TINY, ["bridge=null"])
     assert recipe.bridge is None
