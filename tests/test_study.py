@@ -700,6 +700,20 @@ def test_results_of_different_problems_or_bases_are_not_put_together(study, tmp_
 # -- a cell -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_reward_that_was_edited_between_cells_is_spoken_of(study, tmp_path):
+    results = tmp_path / "results"
+    write_made_up(study, results, tmp_path)  # as those of before, which do not say by what they were judged
+    cells = seed_cells(study, results)
+
+    def report(judging: str, cell: Cell) -> str:
+        path = result_path(results, cell)
+        write_cell(replace(read_cell(path), judging=judging), path)
+        return write_study_report(study, results, tmp_path / "report")[0].read_text()
+
+    assert "Caution" not in report("first", cells[0])
+    assert "- **Caution**: results of tiny were judged by 2 versions of the reward's file" in report("other", cells[1])
+
+
 def test_a_model_of_another_recipe_is_not_evaluated(study, tmp_path):
     cell, directory = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "tiny" / "bridge" / "seed_0"
     recipe = recipe_of(study, cell, tmp_path)

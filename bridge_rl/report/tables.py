@@ -164,7 +164,8 @@ def regrouped_note(regrouped: Sequence[str]) -> str:
 
 def result_tables(results: Results, regrouped: Sequence[str] = ()) -> list[Table]:
     """Every table for which there is something to say, in the order of a report. regrouped: see `viewer.regrouped`."""
-    summary = replace(summary_table(results.summaries), note=regrouped_note(regrouped))
+    note = f"In brackets 95 % intervals over problems. {regrouped_note(regrouped)}".rstrip()
+    summary = replace(summary_table(results.summaries), note=note)
     tables = [summary, metric_table(results.summaries)]
     if results.comparisons:
         tables.append(comparison_table(results.comparisons))
@@ -245,12 +246,13 @@ def escape_markdown(text: str) -> str:
 
 def as_latex(table: Table) -> str:
     """A `table` float for the booktabs package; wide ones want `\\resizebox` or a landscape page."""
+    caption = f"{table.title}. {table.note}" if table.note else table.title
     columns = "l" * table.text_columns + "r" * (len(table.header) - table.text_columns)
     header, *rows = [" & ".join(map(escape_latex, row)) + r" \\" for row in [table.header, *table.rows]]
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape_latex(table.title)}}}",
+        rf"\caption{{{escape_latex(caption)}}}",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         header,

@@ -84,6 +84,7 @@ def run_cell(study: Study, cell: Cell, results: Path, runs: Path) -> CellResult:
             counts=count_right(groups, job.section.widths, listens(job.model)),
             history=thinned(read_lines(directory / "history.jsonl")),
             base=whole_fingerprint(load_model(recipe.model)),
+            judging=job.settings["judging"],
         )
         write_cell(result, result_path(results, cell))
     return result

@@ -78,7 +78,16 @@ def header(study: Study, tasks: Sequence[TaskCells]) -> str:
     ]
     if untimed:
         lines.append(f"- Of {untimed} cells a part was not timed: trained before the study, or cut off.")
+    lines += [caution for task in tasks if (caution := judged_otherwise(task))]
     return "\n".join([*lines, *(missing_line(task) for task in tasks if task.missing()), ""])
+
+
+def judged_otherwise(task: TaskCells) -> str:
+    """A line where the reward's file was edited between cells; empty where it was not."""
+    results = [result for own in (*task.cells.values(), *task.search.values()) for result in own.values()]
+    versions = len({result.judging for result in results} - {None})
+    judged = f"results of {task.task} were judged by {versions} versions of the reward's file"
+    return f"- **Caution**: {judged}, and may differ by that." if versions > 1 else ""
 
 
 def wholly_timed(result: CellResult) -> bool:

@@ -54,7 +54,8 @@ class CellResult:
     made: how the evaluation was made. trained: the same of each start of the training; empty where it was not started
     by the study, and of the base. tried: learning rate -> validation pass@1, of the search. history: mean training
     reward up to each of the steps. source: of the split's problems; problems: a digest of them. base: a digest of the
-    weights that were trained, before; None where they were not looked at.
+    weights that were trained, before; judging: of the reward's file when it was evaluated; None where they were not
+    looked at.
     """
 
     task: str
@@ -79,6 +80,7 @@ class CellResult:
     counts: list[Counts] = field(default_factory=list)
     history: dict[str, list[float]] = field(default_factory=dict)
     base: str | None = None
+    judging: str | None = None
 
     def find(self, metric: str, width: int, condition: str = "model") -> Estimate | None:
         """Of one condition at one width."""

@@ -76,6 +76,15 @@ def test_what_right_siblings_do_is_said_in_words(over_wrong, sentence):
     assert tables.counterfactual_sentence([replace(beside_right, over_wrong=None)]) == ""
 
 
+def test_what_a_table_computed_stands_in_markdown_and_latex():
+    [summary, *_] = tables.result_tables(make_results(), ["disabled"])
+    note = "95 % intervals over problems. Bridge disabled: the lines of all widths are the same rows, sampled"
+    assert note in tables.as_markdown(summary)
+    caption = tables.as_latex(summary).splitlines()[2]
+    assert caption.startswith(r"\caption{Accuracy by width. In brackets ")
+    assert note.replace("%", r"\%") in caption
+
+
 def test_every_latex_row_has_as_many_cells_as_columns():
     for table in tables.result_tables(make_results()):
         latex = tables.as_latex(table)
