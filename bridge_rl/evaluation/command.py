@@ -14,12 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridge_rl.cli import parse_numbers
 from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
+from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import Chooser
 from bridge_rl.evaluation.analyse import METHODS
 from bridge_rl.evaluation.job import make_job
 from bridge_rl.evaluation.results import Estimate, Results, Summary, write_results
 from bridge_rl.evaluation.run import PATIENCE, eos_ids
-from bridge_rl.evaluation.settings import trained_with
+from bridge_rl.evaluation.settings import SETTINGS_FILE, trained_with
 from bridge_rl.evaluation.suites import expand
 from bridge_rl.fingerprint import whole_fingerprint
 from bridge_rl.models import call_users, load_function, load_model, load_tokenizer
@@ -33,6 +34,11 @@ def evaluate(args: argparse.Namespace) -> None:
     suites = expand(args.suite)
     widths = parse_numbers("--widths", args.widths, "1,2,4,8")
     lengths = None if args.lengths is None else parse_numbers("--lengths", args.lengths, "512,1024,2048")
+    root = args.output or output_directory(args.model)
+    if len(suites) > 1 and (root / SETTINGS_FILE).is_file():
+        raise UserError(
+            f"--output: {root} holds the samples of one suite, several have a directory each: name another."
+        )
     methods = METHODS if args.aggregate is None else (*METHODS, load_chooser(args.aggregate))
     if args.reward is not None:
         load_function(args.reward, "--reward")  # before the model is loaded
@@ -40,7 +46,6 @@ def evaluate(args: argparse.Namespace) -> None:
     weights = whole_fingerprint(model)
     trained = trained_with(args.model)
     jobs = [make_job(args, suite, widths, lengths, methods, model, weights, tokenizer, trained) for suite in suites]
-    root = args.output or output_directory(args.model)
     if args.output is not None and len(suites) == 1:
         jobs[0].run(root)
         return

@@ -212,6 +212,10 @@ def check_different(directories: Sequence[Path]) -> None:
 
 def check_comparable(first: Evaluation, second: Evaluation) -> None:
     """Raise UserError unless both answered the same problems of the same suite."""
+    for one in (first, second):
+        if suites := one.results.meta.get("suites"):
+            inside = one.directory / suites[0]
+            raise UserError(f"{one.directory} is a mean over suites, without samples: compare one suite, as {inside}.")
     if first.suite != second.suite:
         raise UserError(
             f"{first.directory} and {second.directory} cannot be compared: one is on {first.suite}, the other on "

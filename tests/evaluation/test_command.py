@@ -185,6 +185,7 @@ def test_the_mean_over_suites_by_hand():
     [
         (["--suite", "math50"], "there is no suite 'math50'"),
         (["--suite", "no.jsonl"], "there is no file no.jsonl"),
+        (["--suite", "tiny,champ"], "holds the samples of one suite, several have a directory each: name another"),
         (["--widths", "1,x"], "--widths is '1,x'"),
         (["--widths", "0"], "each must be at least 1"),
         (["--lengths", "64"], "--lengths goes up to 64, but completions have at most 32"),

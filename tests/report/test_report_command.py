@@ -1,6 +1,7 @@
 import argparse
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -229,6 +230,14 @@ def test_runs_on_other_problems_are_refused(tmp_path):
     with pytest.raises(UserError, match="no width in common"):
         report(str(first), str(other_widths))
     assert not (first / "comparison.md").exists()
+
+
+def test_means_over_suites_are_not_compared(tmp_path):
+    directories = [make_evaluation(tmp_path / name, problems=3, widths=(1, 2)) for name in "ab"]
+    means = [copy(path, tmp_path / f"mean_{path.name}", suite=None, suites=["tiny"]) for path in directories]
+    sentence = f"{means[0]} is a mean over suites, without samples: compare one suite, as {means[0] / 'tiny'}."
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        report(*map(str, means))
 
 
 def test_nothing_to_report_on_is_refused():
