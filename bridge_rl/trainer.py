@@ -465,9 +465,9 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     @property
     def resumed_here(self) -> bool:
-        """Whether no step has been taken since the checkpoint from which the run went on."""
+        """Whether no step has been taken since the checkpoint, of this directory, from which the run went on."""
         checkpoint = self._resume.checkpoint
-        return checkpoint is not None and run_checkpoints.step_of(checkpoint) == self.state.global_step
+        return checkpoint is not None and checkpoint.resolve() == self._saved_to.resolve()
 
 
 def _is_per_row(x: Any) -> bool:

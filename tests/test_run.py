@@ -347,6 +347,12 @@ def test_a_run_that_goes_on_with_another_evaluation_keeps_no_samples_of_the_old_
     assert greedy[1].keys() == groups.keys()
     assert all(greedy[1]["model", 1, 0, n] == greedy[1]["model", 1, 0, 0] for n in range(4))
     assert evaluated("data.eval.kwargs.seed=77")[0] != problem
+    other = tmp_path / "other"  # in which a run with other weights was evaluated at the same step
+    shutil.copytree(tmp_path / "evaluation", other / "evaluation")
+    [samples] = other.glob("evaluation/*/samples/rank_0.jsonl")
+    before = samples.stat().st_mtime_ns
+    evaluated("data.eval.kwargs.seed=77", f"output_dir={other}", f"resume={tmp_path / 'checkpoint-2'}")
+    assert samples.stat().st_mtime_ns > before
 
 
 def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(capsys):
