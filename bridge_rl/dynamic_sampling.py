@@ -24,7 +24,6 @@ from bridge_rl.config import DynamicSampling
 from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows, split_rows
 from bridge_rl.report import names
-from bridge_rl.reward_errors import together
 from bridge_rl.rollout.sampling import stream_seed
 
 if TYPE_CHECKING:
@@ -92,15 +91,6 @@ def choose(missing: int, max_rounds: int, sample_to: Callable[[int], Sequence[bo
         chosen += [number for number in range(seen, len(signal)) if signal[number]]
         seen = len(signal)
     return chosen, max_rounds
-
-
-def check_columns(columns: dict[str, list[Any]], rows: int) -> None:
-    """Raise RewardFailed, on all ranks, where a reward has logged fewer values than completions on one."""
-    with together():
-        for name, values in sorted(columns.items()):
-            if len(values) < rows:
-                given = f"{len(values)} values for {rows} completions"
-                raise UserError(f"a reward's log_extra({name!r}) gave {given}: give one for each.")
 
 
 def local_rows(trainer: "BridgeGRPOTrainer", rows: int) -> slice:
@@ -175,7 +165,6 @@ class DynamicSampler:
         examples = [{**example, **more} for example, more in zip(inputs, fields, strict=True)]
         rewards = trainer._calculate_rewards(examples, prompts, completions, completion_ids)
         pending = trainer._pending_extra_logs
-        check_columns(pending, len(inputs))
         logged = [{column: values[row] for column, values in pending.items()} for row in range(len(inputs))]
         pending.clear()
         columns = (inputs, ids, completion_ids, masks or [None] * len(inputs), completions, logprobs, fields, logged)

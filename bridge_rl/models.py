@@ -314,6 +314,10 @@ def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..
         rows = len(columns["completions"] if "completions" in columns else columns["completion_ids"])
         given = {**columns, **section.kwargs}
         values = call_users(function, section.function, lambda: failing_row(function, given, rows), **given)
+        try:
+            values = list(values)
+        except TypeError as error:
+            raise UserError(f"{section.function} returned {values!r}: return a list, a value for each row.") from error
         if len(values) != rows:
             raise UserError(f"{section.function} returned {len(values)} values for {rows} rows: return one a row.")
         strange = [v for v in values if v is not None and not isinstance(v, Real | np.generic | torch.Tensor)]

@@ -40,6 +40,22 @@ def together() -> Iterator[None]:
         raise RewardFailed(found[0])
 
 
+def check_columns(columns: dict[str, list[Any]], rows: int) -> None:
+    """Raise RewardFailed, on all ranks, where rewards have not logged one value for each completion on one."""
+    with together():
+        for name, values in sorted(columns.items()):
+            if len(values) != rows:
+                given = f"{len(values)} values for {rows} completions"
+                raise UserError(
+                    f"log_extra({name!r}) of the rewards gave {given}: give one for each, and two rewards two names."
+                )
+
+
+def told_apart(names: list[str]) -> list[str]:
+    """The names of rewards; of equal ones all but the first get a number, or their metrics would be one."""
+    return [f"{name}_{n}" if (n := names[: place + 1].count(name)) > 1 else name for place, name in enumerate(names)]
+
+
 def failing_row(function: Callable[..., Any], columns: dict[str, Any], rows: int) -> str:
     """` at row 3 (COMPLETION)`, if a row fails alone as well: a reward sees a whole batch, and tells only its line."""
     logs: dict[str, Any] = {k: lambda *args: None for k in ("log_extra", "log_metric") if k in columns}

@@ -35,7 +35,7 @@ from bridge_rl.models import uses_fsdp
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
-from bridge_rl.reward_errors import RewardFailed
+from bridge_rl.reward_errors import RewardFailed, check_columns, told_apart
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
@@ -95,6 +95,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
     _tag_names: ClassVar = ["trl", "grpo", "bridge"]
     _name = "Bridge GRPO"
     control: TrainerControl
+    reward_func_names: list[str]
 
     def __init__(
         self,
@@ -152,6 +153,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         blocks = [parameter.detach().clone() for _, parameter in bridge_parameters(model)] if quantized else []
         super().__init__(model, reward_funcs, args, rollout_func=lockstep_rollout, **kwargs)
         args.gradient_checkpointing_kwargs = checkpointing
+        self.reward_func_names = told_apart(self.reward_func_names)
         if quantized:
             self._train_in_float32(blocks)
         if uses_fsdp():
@@ -318,13 +320,14 @@ class BridgeGRPOTrainer(GRPOTrainer):
         with unwrapped as model, attention(model, self._own_attention):
             yield model
 
-    def _calculate_rewards(self, *args: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:
         if self._ready is not None:
             rewards = self._ready.rewards
         else:
             start = time.perf_counter()
-            rewards = super()._calculate_rewards(*args)  # [B over all ranks, functions]
+            rewards = super()._calculate_rewards(inputs, *args)  # [B over all ranks, functions]
             self.generation.reward_seconds += time.perf_counter() - start
+            check_columns(self._pending_extra_logs, len(inputs))
             if self.groups_before == 0:  # or prompts that had to be replaced would count less
                 self._log_right(rewards[:, 0] > RIGHT)
         self._rewards = total_rewards(rewards, self.reward_weights)

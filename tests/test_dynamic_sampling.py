@@ -272,18 +272,20 @@ def test_the_choice_does_not_depend_on_how_many_are_sampled_at_once(seed, unit):
     assert rounds <= max_rounds
 
 
-@pytest.mark.parametrize("rounds", [0, 1])
-def test_a_column_with_fewer_values_than_rows_is_named(tokenizer, tmp_path, rounds):
-    """In the first round and in a further one."""
+@pytest.mark.parametrize(("dynamic", "rounds"), [(None, 0), (DynamicSampling(2), 0), (DynamicSampling(2), 1)])
+@pytest.mark.parametrize("surplus", [-1, 1])
+def test_a_column_without_one_value_a_row_is_named(tokenizer, tmp_path, dynamic, rounds, surplus):
+    """Without dynamic sampling, in its first round, and in a further one."""
     calls = []
 
     def careless(prompts, log_extra, **kwargs):
         calls.append(prompts)
-        log_extra("length", [0] * (len(prompts) - (len(calls) > rounds)))
+        log_extra("length", [0] * (len(prompts) + surplus * (len(calls) > rounds)))
         return [1.0] * len(prompts)
 
-    trainer = make_trainer(tokenizer, tmp_path, DynamicSampling(2), careless)
-    with pytest.raises(UserError, match=r"log_extra\('length'\) gave 31 values for 32 completions: give one for each"):
+    trainer = make_trainer(tokenizer, tmp_path, dynamic, careless)
+    given = f"gave {32 + surplus} values for 32 completions: give one for each"
+    with pytest.raises(UserError, match=rf"log_extra\('length'\) of the rewards {given}"):
         trainer.train()
     assert len(calls) == rounds + 1
 

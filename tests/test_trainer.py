@@ -1,6 +1,7 @@
 """The trainer keeps groups whole, and its loss and gradients are those of a slow computation."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -275,6 +276,24 @@ def test_the_trainer_logs_every_metric_it_names(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path)
     trainer.train()
     assert set(names.TRAIN) <= set(trainer.state.log_history[0])
+
+
+def test_rewards_of_one_name_are_logged_apart(tokenizer, tmp_path):
+    def reward(completion_ids, value=0.0, **kwargs):
+        return [value for _ in completion_ids]
+
+    trainer = BridgeGRPOTrainer(
+        make_bridged("llama"),
+        [reward, partial(reward, value=3.0), reward_of_tokens],
+        quiet_config(tmp_path, max_steps=1),
+        width=WIDTH,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    means = {key: x for key, x in trainer.state.log_history[0].items() if key.startswith("rewards/") and "mean" in key}
+    assert list(means) == [f"rewards/{name}/mean" for name in ("reward", "reward_2", "reward_of_tokens")]
+    assert [means["rewards/reward/mean"], means["rewards/reward_2/mean"]] == [0.0, 3.0]
 
 
 def test_cut_rows_stay_visible_and_out_of_the_loss(tokenizer, tmp_path):
