@@ -146,9 +146,15 @@ class Resume(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise TrainingComplete
+        if self.trainer.resumed_here:
+            self.trainer._load_rng_state(str(self.checkpoint))  # as transformers does next
+        self.rng_before_epoch = rng_state()
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.at_step_begin = capture(self.trainer), rng_state()
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """The data of an epoch draw once from the global generators, in a resumed run as well: its first step is
+        taken back to before that."""
+        is_first = float(state.epoch or 0).is_integer()
+        self.at_step_begin = capture(self.trainer), self.rng_before_epoch if is_first else rng_state()
 
     def rewind(self) -> None:
         """Back to the beginning of the present optimizer step."""

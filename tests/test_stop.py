@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import make_bridged
 from datasets import Dataset
 from trainers import PROMPTS, quiet_config, reward_of_tokens
@@ -61,7 +62,7 @@ def make_trainer(stop, directory, evaluator=None, **options):
     return BridgeGRPOTrainer(
         make_bridged("llama"),
         [reward_of_tokens],
-        quiet_config(directory, max_steps=2, **options),
+        quiet_config(directory, **{"max_steps": 2, **options}),
         width=4,
         stop=stop,
         evaluator=evaluator,
@@ -117,6 +118,30 @@ def test_an_evaluation_that_was_given_up_moves_the_schedule_when_it_is_made(tmp_
     rates = [trainer.optimizer.param_groups[0]["lr"] for trainer in (resumed, whole)]
     assert rates[0] == rates[1] == 0.5e-2
     assert resumed.state.best_metric == whole.state.best_metric == 0.5
+
+
+@pytest.mark.parametrize(("rollout", "step"), [(1, 0), (2, 2), (4, 6)])
+def test_a_rollout_that_was_given_up_changes_nothing_also_at_the_beginning_of_an_epoch(tmp_path, rollout, step):
+    """Three generation batches an epoch serve two updates each; how they are shared out comes from the global RNG."""
+    options = {"steps_per_generation": 2, "max_steps": 8}
+    whole = make_trainer(Stop(), tmp_path / "whole", **options)
+    whole.train()
+
+    class SignalInRollout(Stop):
+        rollouts = 0
+
+        def give_up_if_asked(self):
+            self.rollouts += 1
+            self.signal = "SIGTERM" if self.rollouts == rollout else None
+            super().give_up_if_asked()
+
+    with pytest.raises(Stopped, match=f"checkpoint-{step} is whole"):
+        make_trainer(SignalInRollout(), tmp_path / "stopped", **options).train()
+    resumed = make_trainer(Stop(), tmp_path / "stopped", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{step}"))
+    expected = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
 
 
 def test_completions_without_a_reference_do_not_meet_a_beta(tmp_path):
