@@ -261,6 +261,8 @@ class WarmupSection:
             raise UserError("warmup.problems, warmup.steps and warmup.groups_per_step must be at least 1.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"warmup.max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
+        if self.learning_rate <= 0:
+            raise UserError(f"warmup.learning_rate is {self.learning_rate}: it must be above 0.")
 
 
 @dataclass

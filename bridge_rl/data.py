@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 from importlib import import_module
 from pathlib import Path
@@ -47,10 +48,16 @@ def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any
     for number in order:
         problem = rows[number].get(source.problem_column)
         answer = _answer(rows[number].get(source.answer_column), source, key, number)
-        if not isinstance(problem, str) or not problem.strip():
+        if not isinstance(problem, str | None):
+            raise UserError(
+                f"{key}: row {number} of {source.path} has {str(problem)[:80]} for its '{source.problem_column}', of "
+                f"type {type(problem).__name__}: make it text."
+            )
+        if problem is None or not problem.strip():
             raise UserError(f"{key}: row {number} of {source.path} has an empty '{source.problem_column}'.")
         others = _other_columns(rows[number], source, key) if is_function(source.path) else {}
         problems.append({"problem": problem, "answer": answer, **others})
+    _check_columns(problems, source, key)
     return _readable(problems, order, source, key) if source.check_answers else problems
 
 
@@ -63,17 +70,25 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
             raise UserError(f"{key}.path: {path} is empty.")
         try:
             return _read_file(path, f"{key}.path")
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, pyarrow.ArrowException) as error:
+        except UserError:
+            raise
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {first_line(error)}.") from error
     if path.is_file():
         raise UserError(f"{key}.path: {path} is no {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file.")
     if is_function(source.path):
+        from bridge_rl.models import call_users  # which imports this module
+
         function = import_function(source.path, f"{key}.path")
         try:
             inspect.signature(function).bind(**source.kwargs)
         except TypeError as error:
             raise UserError(f"{key}.kwargs: {source.path} cannot be called with {source.kwargs} ({error}).") from error
-        return list(function(**source.kwargs))
+        made = call_users(function, source.path, lambda: "", **source.kwargs)
+        rows = call_users(list, source.path, lambda: "", made)
+        if strange := [row for row in rows if not isinstance(row, dict)]:
+            raise UserError(f"{key}.path: {source.path} gives {strange[0]!r} for a row: make it a dictionary.")
+        return rows
     folder = source.path if path.is_dir() else _hub_snapshot(source, key)
     try:
         return load_dataset(str(folder), source.name, split=source.split).to_list()
@@ -98,6 +113,18 @@ def _other_columns(row: dict[str, Any], source: DataSource, key: str) -> dict[st
             "gives: name it otherwise."
         )
     return others
+
+
+def _check_columns(problems: list[dict[str, Any]], source: DataSource, key: str) -> None:
+    """Raises UserError for a column that no data set can hold: of several types, or with half a character in a text."""
+    for column in problems[0]:
+        try:
+            Dataset.from_dict({column: [row.get(column) for row in problems]})
+        except (pyarrow.ArrowException, UnicodeEncodeError) as error:
+            raise UserError(
+                f"{key}.path: the column '{column}' of {source.path} cannot be read as one column "
+                f"({first_line(error)}): give all its rows one type, and whole characters."
+            ) from error
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -161,7 +188,7 @@ def _read_file(path: Path, key: str) -> list[dict[str, Any]]:
     """Rows of a parquet file, of JSON lines, or of one JSON list."""
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")  # Windows puts a mark at the beginning
     if text.lstrip().startswith("["):
         numbered = list(enumerate(json.loads(text), start=1))
     else:
@@ -178,7 +205,7 @@ def _read_file(path: Path, key: str) -> list[dict[str, Any]]:
 def _read_line(line: str, place: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{place} is no JSON ({error}): mend or delete the line.") from error
 
 
@@ -187,7 +214,7 @@ def import_function(path: str, key: str) -> Any:
     module_name, _, name = path.partition(":")
     try:
         return getattr(import_module(module_name), name)
-    except (ImportError, AttributeError, SyntaxError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever the user's own module raises
         raise UserError(f"{key}: cannot import {path} ({error}).") from error
 
 
@@ -195,7 +222,8 @@ def _answer(value: Any, source: DataSource, key: str, number: int) -> str:
     """The answer as a string; whole floats (AMC23) lose their `.0`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    answer = "" if value is None else str(value).strip()
+    missing = value is None or (isinstance(value, float) and math.isnan(value))  # as pandas writes what is missing
+    answer = "" if missing else str(value).strip()
     if source.answer_pattern is not None:
         match = re.search(source.answer_pattern, answer)
         if match is None:

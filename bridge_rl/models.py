@@ -73,7 +73,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         path = read_config(Path(path))["base"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **_load_options(section))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(section, path, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -98,7 +98,7 @@ def model_config(section: ModelSection) -> Any:
         path = read_config(Path(path))["base"]
     try:
         return AutoConfig.from_pretrained(path, **_load_options(section))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(section, path, error) from error
 
 
@@ -123,7 +123,7 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         raise
     except SafetensorError as error:
         raise UserError(f"model.path: {section.path} has damaged weights ({error}): fetch or save it again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # a kernel, or what a remote model's code needs
         raise _cannot_load(section, path, error) from error
     if getattr(model.config, "bridge", None):
         raise UserError(
@@ -314,10 +314,10 @@ def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..
         rows = len(columns["completions"] if "completions" in columns else columns["completion_ids"])
         given = {**columns, **section.kwargs}
         values = call_users(function, section.function, lambda: failing_row(function, given, rows), **given)
-        try:
-            values = list(values)
-        except TypeError as error:
-            raise UserError(f"{section.function} returned {values!r}: return a list, a value for each row.") from error
+        if not hasattr(values, "__len__") or isinstance(values, dict) or getattr(values, "ndim", 1) == 0:
+            raise UserError(
+                f"{section.function} returned {values!r}: return a list, with a number or None for each row"
+            )
         if len(values) != rows:
             raise UserError(f"{section.function} returned {len(values)} values for {rows} rows: return one a row.")
         strange = [v for v in values if v is not None and not isinstance(v, Real | np.generic | torch.Tensor)]

@@ -245,7 +245,9 @@ def warmup_directory(recipe: Recipe) -> Path:
 def save_recipe(recipe: Recipe, directory: Path) -> None:
     """Write the resolved recipe beside what it made."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "recipe.yaml").write_text(recipe.to_yaml())
+    partial = directory / "recipe.yaml.partial"
+    partial.write_text(recipe.to_yaml())
+    partial.replace(directory / "recipe.yaml")  # half of one, on a full disk, would keep the run from going on
 
 
 def deciding_keys(recipe: Recipe) -> tuple[str, ...]:
@@ -340,11 +342,16 @@ def training_arguments(recipe: Recipe) -> GRPOConfig:
 def check_optimizer(args: GRPOConfig) -> None:
     """Raise UserError, before anything is computed, for an optimizer or a schedule that could not be made later."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
         raise UserError(f"training.optim is {args.optim.value}: {' '.join(str(error).split())}") from error
-    except ValueError:
-        pass  # of those that need the model
+    except ValueError:  # of those that need the model
+        cls, options = torch.optim.AdamW, {"lr": args.learning_rate}
+    if cls.__module__.startswith("torch.optim."):
+        try:
+            cls([torch.nn.Parameter(torch.zeros(1))], **options)
+        except ValueError as error:
+            raise UserError(f"training.learning_rate or training.adam_*: {error}.") from error
     schedule, optimizer = args.lr_scheduler_type, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     try:
         get_scheduler(schedule, optimizer, 0, 10, args.lr_scheduler_kwargs)

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from bridge_rl.errors import UserError
 
-STRICT: dict[str, Any] = {"extra": "forbid"}
+STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,10 @@ OVERRIDES = {
     "word for a learning rate": ("training.learning_rate=fast", ["training.learning_rate is 'fast'", "float"]),
     "unknown loss": ("training.loss_type=nonsense", ["training.loss_type is 'nonsense'", "grpo", "dapo"]),
     "unknown scaling": ("training.scale_rewards=std", ["training.scale_rewards is 'std'", "group"]),
+    "learning rate below 0": ("training.learning_rate=-1", ["training.learning_rate", "Invalid learning rate: -1"]),
+    "beta above 1": ("training.adam_beta2=2", ["training.adam_*", "Invalid beta parameter"]),
+    "learning rate of a warm-up of 0": ("warmup={learning_rate: 0}", ["warmup.learning_rate is 0.0"]),
+    "no number": ("rollout.temperature=.nan", ["'rollout.temperature' is nan", "finite"]),
     "unknown schedule": ("training.lr_scheduler_type=nonsense", ["training: ", "nonsense", "linear"]),
     "greedy training": ("rollout.temperature=0", ["rollout.temperature is 0.0", "above 0"]),
     "top_p in the rollout": ("rollout.top_p=0.9", ["rollout.top_p is 0.9", "set top_p=1.0"]),
@@ -268,6 +273,15 @@ DATA = {
         ", answer_pattern: '#### (.+)'",
         ["data.train.answer_pattern", "row 1 of d.jsonl"],
     ),
+    "number for a problem": ("d.jsonl", lines({"problem": 5, "answer": "5"}), "", ["row 0", "has 5", "of type int"]),
+    "answer that pandas missed": ("d.jsonl", '{"problem": "1", "answer": NaN}', "", ["row 0", "empty 'answer'"]),
+    "half a character": (
+        "d.jsonl",
+        '{"problem": "\\ud83d", "answer": "1"}',
+        "",
+        ["column 'problem'", "whole characters"],
+    ),
+    "a number too long": ("d.jsonl", f'{{"answer": {"9" * 5000}}}', "", ["d.jsonl, line 1,", "Exceeds the limit"]),
     "unreadable answer": (
         "d.jsonl",
         lines(ROW, {"problem": "1", "answer": "\\frac{1"}),
@@ -281,6 +295,29 @@ DATA = {
 def test_bad_data_is_named_before_weights_load(name, content, more, words, tmp_path, no_weights, capsys):
     (tmp_path / name).write_text(content)
     error = error_of_tiny([f"data.train={{path: {name}{more}}}"], capsys)
+    assert [word for word in words if word not in error] == []
+
+
+FUNCTIONS = {
+    "fails": ("def rows(): return 1 / 0", ["m:rows failed with ZeroDivisionError in line 1 of", "m.py"]),
+    "fails while it yields": ("def rows():\n    yield 1 / 0", ["m:rows failed with ZeroDivisionError in line 2 of"]),
+    "gives nothing": ("def rows(): pass", ["m:rows failed with TypeError", "not iterable"]),
+    "gives pairs": ("def rows(): return [('1+1', '2')]", ["data.train.path", "('1+1', '2') for a row", "dictionary"]),
+    "gives a column of two types": (
+        "def rows(): return [{'problem': 'p', 'answer': '1', 'x': x} for x in (1, 'a')]",
+        ["data.train.path", "the column 'x' of", "one type"],
+    ),
+    "cannot be imported": ("1 / 0", ["data.train.path", "cannot import", "division by zero"]),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_function_of_problems_that_fails_is_named(text, words, tmp_path, no_weights, monkeypatch, capsys):
+    (tmp_path / "m.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "m", raising=False)
+    *_, error = error_lines(["train", TINY, *SMALL, "output_dir=out", "data.train={path: 'm:rows'}"], capsys)
+    monkeypatch.delitem(sys.modules, "m", raising=False)
     assert [word for word in words if word not in error] == []
 
 
@@ -305,6 +342,16 @@ def test_a_family_that_is_not_served_is_refused_from_its_configuration(family, t
 def test_a_model_that_writes_no_text_is_refused(tmp_path, no_weights, capsys):
     AutoConfig.for_model("t5", vocab_size=19, d_model=16).save_pretrained(tmp_path / "t5")
     assert "model.path: t5 is a 't5', no causal language model" in error_of_tiny(["model.path=t5"], capsys)
+
+
+def test_an_attention_that_is_not_installed_is_one_sentence(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise ImportError("the package for FlashAttention2 doesn't seem to be installed")
+
+    monkeypatch.setattr("bridge_rl.models.AutoModelForCausalLM.from_pretrained", refuse)
+    error = error_of_tiny(["model.attn_implementation=flash_attention_2"], capsys)
+    assert "model.path" in error
+    assert "FlashAttention2" in error
 
 
 def test_damaged_base_weights_are_named(tmp_path, capsys):

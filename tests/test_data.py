@@ -35,6 +35,13 @@ def test_blank_lines_and_unicode_separators_do_not_cut_rows(tmp_path):
     assert load(str(tmp_path / "p.jsonl")) == rows
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_the_mark_and_line_ends_of_windows_are_read_over(name, tmp_path):
+    text = json.dumps(ROWS) if name == "p.json" else "".join(json.dumps(row) + "\r\n" for row in ROWS)
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert load(str(tmp_path / name)) == ROWS
+
+
 def test_a_json_list_is_read(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(ROWS, indent=2))
     assert load(str(tmp_path / "p.json")) == ROWS

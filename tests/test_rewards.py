@@ -56,13 +56,13 @@ def test_columns_of_any_name_reach_a_reward(tmp_path):
     assert score(completions=["a", "b"], name=["1", "2"], function=["f", "g"]) == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("returned", ["None", "1.0", "numpy.float32(1.0)", "torch.tensor(1.0)"])
-def test_a_reward_that_returns_no_list_is_named(tmp_path, returned):
-    (tmp_path / "mine.py").write_text(
-        f"import numpy, torch\ndef score(completions, **kwargs):\n    return {returned}\n"
-    )
-    with pytest.raises(UserError, match=r"mine.py:score returned .+: return a list, a value for each row"):
-        load(f"{tmp_path / 'mine.py'}:score")(completions=["1", "2"])
+@pytest.mark.parametrize(
+    "given", ["1.0", "None", "{0: 1.0, 1: 1.0}", "(1.0 for text in completions)", "__import__('torch').tensor(1.0)"]
+)
+def test_what_is_no_list_of_rewards_is_refused(given, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def score(completions, **kwargs):\n    return {given}\n")
+    with pytest.raises(UserError, match=r"mine.py:score returned .*: return a list, with a number or None for each"):
+        load(f"{tmp_path / 'mine.py'}:score")(completions=["a", "b"])
 
 
 def test_a_reward_that_fails_for_a_batch_only_names_no_row(tmp_path):

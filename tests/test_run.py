@@ -1,11 +1,13 @@
 """A whole run on a small scale, as the command line does it."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from bridge_rl.evaluation.results import read_results
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
+from bridge_rl.report.results import provenance
 from bridge_rl.resume import file_of
 from bridge_rl.run import check_same_recipe, deciding_keys, save_recipe
 from bridge_rl.run_checkpoints import MANIFEST, _seal
@@ -127,6 +130,26 @@ def test_a_run_goes_on_with_a_recipe_that_samples_and_trains_the_same(before, no
     recipe = load_recipe("recipes/tiny_arith.yaml", now)
     with pytest.raises(UserError, match=f"another '{key}'") if key else nullcontext():
         check_same_recipe(recipe, tmp_path, deciding_keys(recipe))
+
+
+def test_a_disk_without_room_leaves_the_recipe_of_the_run_whole(tmp_path, monkeypatch):
+    """Else a run that is started again before there is room could never go on."""
+    recipe = load_recipe("recipes/tiny_arith.yaml")
+    save_recipe(recipe, tmp_path)
+
+    def write_half(path, text):
+        path.write_bytes(text.encode()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        save_recipe(recipe, tmp_path)
+    check_same_recipe(recipe, tmp_path, deciding_keys(recipe))
+
+
+def test_results_say_so_where_git_is_not_installed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance()["commit"] == "unknown"
 
 
 def test_a_recipe_without_a_warm_up_has_nothing_to_warm_up(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -34,6 +35,8 @@ def provenance() -> dict[str, Any]:
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
+    if shutil.which("git") is None:  # as in many images
+        return subprocess.CompletedProcess(arguments, 127, "", "")
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
 
 
