@@ -5,9 +5,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from bridge_rl.errors import STOPPED_CODE, Stopped, UserError
+from bridge_rl.errors import STOPPED_CODE, Stopped, UserError, fault_of_disk
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -167,16 +168,20 @@ def run_recipe(args: argparse.Namespace) -> None:
             raise UserError(f"{args.recipe}: {len(plan.conflicts)} conflict(s), the first: {plan.conflicts[0]}")
         return
     plan = check(recipe)
-    if os.environ.get("RANK", "0") == "0":
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
         print(describe(recipe, plan), flush=True)
     from bridge_rl.run import train, warm_up
+    from bridge_rl.run_checkpoints import alone_in
 
     if args.command == "warmup" and recipe.warmup is None:
         print("nothing to warm up: this recipe has no Bridge, or warmup is null", flush=True)
-    elif args.command == "warmup":
-        warm_up(recipe)
-    else:
-        train(recipe)
+        return
+    with alone_in(Path(recipe.output_dir)) if is_main else nullcontext():
+        if args.command == "warmup":
+            warm_up(recipe)
+        else:
+            train(recipe)
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -196,6 +201,12 @@ def run_command(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        sentence = fault_of_disk(error)
+        if sentence is None:  # ours: with its traceback
+            raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

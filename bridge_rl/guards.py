@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from bridge_rl.config import GuardsSection
-from bridge_rl.errors import UserError
-from bridge_rl.run_checkpoints import is_failed_write
+from bridge_rl.errors import UserError, is_failed_write
 
 if TYPE_CHECKING:
     from bridge_rl.trainer import BridgeGRPOTrainer

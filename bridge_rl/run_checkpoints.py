@@ -5,7 +5,7 @@ rank with its size and SHA-256. Only this module knows that form. Its functions 
 the hashing out among themselves.
 """
 
-import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,14 +22,12 @@ from transformers.trainer import OPTIMIZER_NAME_BIN
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bridge_rl.checkpoint import SHARDS_OF_ZERO
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, is_failed_write
 from bridge_rl.models import uses_deepspeed, uses_fsdp
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # being written, or being deleted: no good either way
 DAMAGED = ".damaged"
-# How writers that are not Python's own tell of a write that failed: torch, safetensors.
-FAILED_WRITE = ("PytorchStreamWriter", "inline_container", "os error 28", "os error 27", "os error 122")
 
 
 def step_of(folder: Path) -> int:
@@ -47,6 +45,27 @@ def path_of(output: Path, step: int) -> Path:
 def numbered(output: Path) -> list[Path]:
     """Directories with the name of a checkpoint, oldest first; their content is not looked at."""
     return sorted(filter(is_numbered, output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), key=step_of)
+
+
+@contextmanager
+def alone_in(directory: Path, lock: str = ".lock") -> Iterator[None]:
+    """Two processes in one directory would delete what the other is writing. Makes the directory.
+
+    Raises UserError where another process is inside, or nothing can be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / lock).open("w")
+    except OSError as error:
+        raise UserError(f"Nothing can be written to {directory} ({error}): name another directory.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another process works in {directory}: wait for it, or end it.") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -108,17 +127,6 @@ def _full(output: Path, step: int, size: int, error: Exception | None) -> str:
         f"{output} has no room for {PREFIX_CHECKPOINT_DIR}-{step}: {why}; the checkpoints before it are kept, so make "
         "room and start the same command again."
     )
-
-
-def is_failed_write(error: BaseException | None) -> bool:
-    """Whether the disk, a quota or a limit on file size refused a write, whoever did the writing."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if any(sign in str(error) for sign in FAILED_WRITE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _seal(folder: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """A user's mistake in a recipe, in data or in a checkpoint: exit code 2 and one sentence that says what and where."""
 
+import errno
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 import bridge_rl as br
 from bridge_rl.cli import main
-from bridge_rl.run_checkpoints import writing
+from bridge_rl.run_checkpoints import alone_in, writing
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_arith.yaml"
@@ -237,6 +238,48 @@ def test_a_run_on_another_number_of_processes_than_planned_is_refused(no_weights
 def test_an_output_directory_that_is_a_file_is_refused(tmp_path, no_weights, capsys):
     (tmp_path / "file").touch()
     assert "output_dir: file is a file" in error_of_tiny(["output_dir=file"], capsys)
+
+
+@pytest.mark.parametrize("command", ["train", "warmup"])
+def test_an_output_directory_that_cannot_be_made_is_refused(command, tmp_path, no_weights, capsys):
+    (tmp_path / "file").touch()
+    error = error_of([command, TINY, "output_dir=file/out"], capsys)
+    assert "Nothing can be written to file/out" in error
+
+
+@pytest.mark.parametrize("command", ["train", "warmup"])
+def test_a_second_run_in_the_same_directory_is_refused(command, no_weights, capsys):
+    with alone_in(Path("out")):
+        assert "Another process works in out" in error_of([command, TINY, "output_dir=out"], capsys)
+
+
+FAULTS_OF_DISK = {
+    "full": (OSError(errno.ENOSPC, "No space left on device"), ["a write failed", "No space left", "make room"]),
+    "full, as torch says it": (
+        RuntimeError("PytorchStreamWriter failed writing file"),
+        ["a write failed", "make room"],
+    ),
+    "closed": (PermissionError(errno.EACCES, "Permission denied", "out/x"), ["out/x cannot be", "its permissions"]),
+}
+
+
+@pytest.mark.parametrize(("raised", "words"), FAULTS_OF_DISK.values(), ids=FAULTS_OF_DISK)
+def test_a_disk_that_is_full_or_closed_is_one_sentence(raised, words, monkeypatch, capsys):
+    def refuse(recipe):
+        raise raised
+
+    monkeypatch.setattr("bridge_rl.run.train", refuse)
+    error = error_of_tiny([], capsys)
+    assert [word for word in words if word not in error] == []
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    def fail(recipe):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("bridge_rl.run.train", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["train", str(TINY), *SMALL, "output_dir=out"])
 
 
 @pytest.mark.parametrize("text", ["def (", "import no_such_module", "1 / 0"])

@@ -26,7 +26,7 @@ from bridge_rl.report import names
 from bridge_rl.run import save_recipe
 from bridge_rl.study import cell as cell_module
 from bridge_rl.study import command
-from bridge_rl.study.cell import alone_in, evaluation_job, thinned, train_cell, training_seconds
+from bridge_rl.study.cell import evaluation_job, thinned, train_cell, training_seconds
 from bridge_rl.study.cells import (
     Cell,
     chosen_rate,
@@ -750,14 +750,6 @@ def test_seconds_and_rewards_are_those_of_the_log(tmp_path):
     many = thinned([{"step": step, "reward": float(step)} for step in range(1, 121)])
     assert many["step"] == list(range(3, 121, 3))
     assert many["reward"][:2] == [2.0, 5.0]
-
-
-def test_two_processes_do_not_work_in_one_directory(tmp_path):
-    with alone_in(tmp_path), pytest.raises(UserError, match="Another process works in"):
-        with alone_in(tmp_path):
-            pass
-    with alone_in(tmp_path):
-        pass
 
 
 # -- the runner -------------------------------------------------------------------------------------------------------

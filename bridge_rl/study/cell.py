@@ -4,12 +4,10 @@
 """
 
 import argparse
-import fcntl
 import json
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from accelerate import PartialState
 
 from bridge_rl.cli import run_command
 from bridge_rl.config import ModelSection, Recipe
-from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import by_setting
 from bridge_rl.evaluation.analyse import at_every_width
 from bridge_rl.evaluation.job import Job, make_job
@@ -32,6 +29,7 @@ from bridge_rl.plan import check, describe
 from bridge_rl.report import names
 from bridge_rl.report.results import provenance
 from bridge_rl.run import train, warm_up, warmup_directory
+from bridge_rl.run_checkpoints import alone_in
 from bridge_rl.study.cells import (
     Cell,
     check_trained,
@@ -88,18 +86,6 @@ def run_cell(study: Study, cell: Cell, results: Path, runs: Path) -> CellResult:
         )
         write_cell(result, result_path(results, cell))
     return result
-
-
-@contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """A runner that was killed may have left a cell at work: two in one directory would spoil both."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another process works in {directory}: wait for it, or end it.") from error
-        yield
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
