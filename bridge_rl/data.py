@@ -117,7 +117,7 @@ def _other_columns(row: dict[str, Any], source: DataSource, key: str) -> dict[st
 
 def _check_columns(problems: list[dict[str, Any]], source: DataSource, key: str) -> None:
     """Raises UserError for a column that no data set can hold: of several types, or with half a character in a text."""
-    for column in problems[0]:
+    for column in column_names(problems):
         try:
             Dataset.from_dict({column: [row.get(column) for row in problems]})
         except (pyarrow.ArrowException, UnicodeEncodeError) as error:
@@ -269,7 +269,13 @@ def make_prompts(problems: list[dict[str, Any]], section: DataSection, conversat
             system = [{"role": "system", "content": section.system_prompt}] if section.system_prompt else []
             prompt = [*system, {"role": "user", "content": text}]
         rows.append({"prompt": prompt, **row})
-    return Dataset.from_list(rows)
+    # Not `from_list`, which leaves out what the first row does not have.
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in column_names(rows)})
+
+
+def column_names(rows: list[dict[str, Any]]) -> list[str]:
+    """Of all rows: those of a function need not have the same ones."""
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def prompt_tokens(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:

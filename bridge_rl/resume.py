@@ -25,6 +25,9 @@ OF_TRAINER = (
     "_globalstep_last_logged",
     "_current_train_step_time",
     "current_flos",
+    "entropy_coef",
+    "_last_world_entropy",
+    "_entropy_window_stats",
 )
 OF_STATE = ("num_input_tokens_seen", "total_flos")
 

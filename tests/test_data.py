@@ -67,6 +67,15 @@ def test_the_other_columns_of_a_functions_rows_are_kept_for_its_reward():
     assert rows == [{"problem": f"p{n}", "answer": str(n), "task": "t", "entry": {"n": n}} for n in range(2)]
 
 
+def rows_of_two_kinds():
+    return [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2", "level": 3}]
+
+
+def test_a_column_that_only_later_rows_have_reaches_the_reward():
+    prompts = make_prompts(load("test_data:rows_of_two_kinds"), DataSection(DataSource("")), conversational=False)
+    assert prompts["level"] == [None, 3]
+
+
 def rows_with(column):
     return [{"problem": "p", "answer": "1", column: "x"}]
 

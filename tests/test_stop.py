@@ -144,6 +144,15 @@ def test_a_rollout_that_was_given_up_changes_nothing_also_at_the_beginning_of_an
         assert torch.equal(parameter, expected[name]), name
 
 
+def test_a_step_that_is_taken_back_takes_the_controller_of_the_entropy_back(tmp_path):
+    trainer = make_trainer(Stop(), tmp_path, max_steps=1, use_adaptive_entropy=True, entropy_target=100.0)
+    before = trainer.entropy_coef, trainer._last_world_entropy
+    trainer.train()
+    assert trainer.entropy_coef > before[0]
+    trainer._resume.rewind()
+    assert (trainer.entropy_coef, trainer._last_world_entropy) == before
+
+
 def test_completions_without_a_reference_do_not_meet_a_beta(tmp_path):
     options = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(Stop(), tmp_path, **options).train()
