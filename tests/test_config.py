@@ -92,9 +92,10 @@ def test_numbers_are_numbers_in_typed_and_in_free_sections(text, number, tmp_pat
     assert recipe.training["learning_rate"] == number
     assert type(recipe.training["learning_rate"]) is type(number)
     file = write(
-        tmp_path / "r.yaml", f"extends: {TINY}\nwarmup: {{learning_rate: {text}}}\ntraining: {{beta: {text}}}\n"
+        tmp_path / "r.yaml",
+        f"extends: {TINY}\nrewards: [{{function: 'a.py:b', weight: {text}}}]\ntraining: {{beta: {text}}}\n",
     )
-    assert load_recipe(file).warmup.learning_rate == number
+    assert load_recipe(file).rewards[0].weight == number
     assert load_recipe(file).training["beta"] == number
 
 
