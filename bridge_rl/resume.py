@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
 from bridge_rl.errors import UserError
+from bridge_rl.run_checkpoints import step_of
 
 if TYPE_CHECKING:
     from bridge_rl.trainer import BridgeGRPOTrainer
@@ -149,7 +150,7 @@ class Resume(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise TrainingComplete
-        if self.trainer.resumed_here:
+        if self.checkpoint is not None and step_of(self.checkpoint) == state.global_step:
             self.trainer._load_rng_state(str(self.checkpoint))  # as transformers does next
         self.rng_before_epoch = rng_state()
 

@@ -137,8 +137,12 @@ def test_a_rollout_that_was_given_up_changes_nothing_also_at_the_beginning_of_an
 
     with pytest.raises(Stopped, match=f"checkpoint-{step} is whole"):
         make_trainer(SignalInRollout(), tmp_path / "stopped", **options).train()
-    resumed = make_trainer(Stop(), tmp_path / "stopped", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{step}"))
+    checkpoint = tmp_path / "stopped" / f"checkpoint-{step}"
+    rollout = 1  # of the run that goes on, in another directory
+    with pytest.raises(Stopped, match=f"checkpoint-{step} is whole"):
+        make_trainer(SignalInRollout(), tmp_path / "again", **options).train(resume_from_checkpoint=str(checkpoint))
+    resumed = make_trainer(Stop(), tmp_path / "again", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "again" / f"checkpoint-{step}"))
     expected = dict(whole.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
