@@ -419,7 +419,8 @@ def make_evaluator(
 ) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
     """Evaluation at every width of the recipe, shared out over the ranks, whose samples and results are kept."""
     rows = eval_set.to_list()
-    settings = json.dumps({"problems": digest(rows), **{key: described(recipe)[key] for key in DECIDES_SAMPLES}})
+    made = described(recipe)
+    settings = json.dumps({"problems": digest(rows), **{key: made[key] for key in DECIDES_SAMPLES}})
 
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
@@ -445,7 +446,7 @@ def make_evaluator(
         metrics: dict[str, float] = {}
         if state.is_main_process:
             groups = evaluation.collected()
-            meta = {"step": step, **described(recipe), **provenance()}
+            meta = {"step": step, **made, **provenance()}
             results = analyse(groups, section.widths, listening, meta)
             print(as_table(results.summaries), flush=True)
             write_for_readers(directory, rows, groups, tokenizer)

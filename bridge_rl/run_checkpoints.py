@@ -48,14 +48,14 @@ def numbered(output: Path) -> list[Path]:
 
 
 @contextmanager
-def alone_in(directory: Path, lock: str = ".lock") -> Iterator[None]:
+def alone_in(directory: Path) -> Iterator[None]:
     """Two processes in one directory would delete what the other is writing. Makes the directory.
 
     Raises UserError where another process is inside, or nothing can be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / lock).open("w")
+        file = (directory / ".lock").open("w")
     except OSError as error:
         raise UserError(f"Nothing can be written to {directory} ({error}): name another directory.") from error
     with file:
