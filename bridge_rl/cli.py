@@ -171,8 +171,8 @@ def run_recipe(args: argparse.Namespace) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         print(describe(recipe, plan), flush=True)
+    from bridge_rl.files import alone_in
     from bridge_rl.run import train, warm_up
-    from bridge_rl.run_checkpoints import alone_in
 
     if args.command == "warmup" and recipe.warmup is None:
         print("nothing to warm up: this recipe has no Bridge, or warmup is null", flush=True)

@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError
 from bridge_rl.stop import parse_duration
 from bridge_rl.typed_yaml import STRICT, apply_override, read_yaml, validate, write_yaml
+
+Place = Annotated[str, Field(min_length=1)]  # an empty one would be the directory that one is in
 
 
 @dataclass
@@ -27,7 +29,7 @@ class ModelSection:
         `quantized`). The Bridge is then one for the quantized base, and its checkpoint says so.
     """
 
-    path: str
+    path: Place
     gguf_file: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -47,8 +49,8 @@ class ModelSection:
 class DataSource:
     """Problems with verifiable answers.
 
-    path: hub id, a `.jsonl` or `.parquet` file, or `package.module:function`, which is called with `kwargs` and
-        returns rows.
+    path: hub id, directory, a `.jsonl`, `.json` or `.parquet` file, or `package.module:function`, which is called with
+        `kwargs` and returns rows.
     name, split, revision: of a data set on a hub, as in `load_dataset`.
     problem_column, answer_column: where they are in a row.
     answer_pattern: a regular expression whose first group is the answer (GSM8K: `#### (.+)`); None: the whole column.
@@ -56,7 +58,7 @@ class DataSource:
     size: use at most the first so many rows, after shuffling by the recipe's seed if `shuffle`.
     """
 
-    path: str
+    path: Place
     name: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -362,7 +364,7 @@ class Recipe:
     model: ModelSection
     data: DataSection
     rewards: list[RewardSection]
-    output_dir: str
+    output_dir: Place
     bridge: BridgeConfig | None = field(default_factory=BridgeConfig)
     train: Literal["bridge", "lora", "full"] = "bridge"
     lora: LoraSection = field(default_factory=LoraSection)

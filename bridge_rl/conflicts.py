@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import torch.utils.checkpoint
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PreTrainedConfig
 from trl import GRPOConfig
@@ -18,11 +20,12 @@ from trl import GRPOConfig
 from bridge_rl import safety
 from bridge_rl.checkpoint import is_bridge_checkpoint, read_config
 from bridge_rl.config import DataSource, Recipe
-from bridge_rl.data import FILE_FORMATS, import_function
+from bridge_rl.data import check_path
 from bridge_rl.errors import UserError
 from bridge_rl.models import adapter_conflict, load_reward, quantization_config, resolve_path
 from bridge_rl.report import names
 from bridge_rl.rollout.request import known_positions
+from bridge_rl.typed_yaml import nearest
 from bridge_rl.update import part_conflicts
 
 if TYPE_CHECKING:
@@ -48,13 +51,14 @@ MANAGED = {
     "num_generations_eval": "evaluation.widths",
     "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
 }
-COUNTS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "generation_batch_size",
-    "num_iterations",
-)
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "generation_batch_size": 1,
+    "num_iterations": 1,
+    "dataloader_num_workers": 0,
+}
 # Values that TRL reads in the first step only, long after the warm-up.
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
@@ -77,8 +81,8 @@ def check_types(recipe: Recipe) -> None:
         except ValidationError as error:
             wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
             raise UserError(f"training.{key} is {value!r}: it must be of type {wanted}.") from error
-        if key in COUNTS and value is not None and value < 1:
-            raise UserError(f"training.{key} is {value}: it must be at least 1.")
+        if key in LEAST and value is not None and value < LEAST[key]:
+            raise UserError(f"training.{key} is {value}: it must be at least {LEAST[key]}.")
 
 
 @cache
@@ -91,6 +95,7 @@ def find_conflicts(recipe: Recipe, config: PreTrainedConfig, batches: "Batches",
     """Every conflict of a recipe whose types have been checked. `config`: of the base; `tied`: as `mode_conflicts`."""
     yield from unknown_options(recipe)
     yield from safety.conflicts({"per_device_train_batch_size": 8, **recipe.training}, recipe.rollout.width)
+    yield from checkpointing_conflicts(recipe)
     yield from batch_conflicts(recipe, batches)
     yield from file_conflicts(recipe)
     yield from guard_conflicts(recipe, config)
@@ -113,6 +118,14 @@ def unknown_options(recipe: Recipe) -> Iterator[str]:
             yield f"unknown key 'training.{key}'" + (f": did you mean '{near[0]}'?" if near else ".")
         elif key in CHOICES and recipe.training[key] not in CHOICES[key]:
             yield f"training.{key} is {recipe.training[key]!r}: use one of {', '.join(map(str, CHOICES[key]))}."
+
+
+def checkpointing_conflicts(recipe: Recipe) -> Iterator[str]:
+    """Options of torch's checkpoints, which torch reads in the first update."""
+    known = sorted(signature(torch.utils.checkpoint.checkpoint).parameters.keys() - {"function", "args", "kwargs"})
+    for key in recipe.training.get("gradient_checkpointing_kwargs") or {}:
+        if key not in known:
+            yield f"unknown key 'training.gradient_checkpointing_kwargs.{key}'{nearest(key, known)}"
 
 
 def batch_conflicts(recipe: Recipe, batches: "Batches") -> Iterator[str]:
@@ -144,14 +157,10 @@ def file_conflicts(recipe: Recipe) -> Iterator[str]:
 
 def source_conflicts(source: DataSource, key: str) -> Iterator[str]:
     """What is wrong with a source as far as it shows without reading the data."""
-    if source.path.endswith(FILE_FORMATS):
-        if not Path(source.path).is_file():
-            yield f"{key}.path: there is no file {source.path}."
-    elif ":" in source.path:
-        try:
-            import_function(source.path, f"{key}.path")
-        except UserError as error:
-            yield str(error)
+    try:
+        check_path(source, key)
+    except UserError as error:
+        yield str(error)
     if source.size is not None and source.size < 1:
         yield f"{key}.size is {source.size}: it must be at least 1."
     try:

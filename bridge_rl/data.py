@@ -21,6 +21,7 @@ from bridge_rl.config import DataSection, DataSource
 from bridge_rl.errors import UserError, first_line
 
 FILE_FORMATS = (".jsonl", ".json", ".parquet")
+OTHER_FORMATS = (".csv", ".tsv", ".txt")  # which are not read, and are no names on the hub
 HUB_TIMEOUT_S = 10.0
 # What the trainer gives to rewards beside the columns of the data.
 GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -63,9 +64,8 @@ def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any
 
 def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
     path = Path(source.path)
+    check_path(source, key)
     if path.suffix in FILE_FORMATS:
-        if not path.is_file():
-            raise UserError(f"{key}.path: there is no file {path}.")
         if path.stat().st_size == 0:
             raise UserError(f"{key}.path: {path} is empty.")
         try:
@@ -74,8 +74,6 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
             raise
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {first_line(error)}.") from error
-    if path.is_file():
-        raise UserError(f"{key}.path: {path} is no {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file.")
     if is_function(source.path):
         from bridge_rl.models import call_users  # which imports this module
 
@@ -96,6 +94,20 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
         raise UserError(
             f"{key}.path: the data set {source.path} cannot be loaded ({first_line(error)}): check its name and split."
         ) from error
+
+
+def check_path(source: DataSource, key: str) -> None:
+    """Raise UserError for a path to what is not here, or is not read. Whether a hub has a set is not asked."""
+    path = Path(source.path)
+    if path.suffix in FILE_FORMATS:
+        if not path.is_file():
+            raise UserError(f"{key}.path: there is no file {path}.")
+    elif path.is_file() or path.suffix in OTHER_FORMATS:
+        raise UserError(f"{key}.path: {path} is no {', '.join(FILE_FORMATS[:-1])} or {FILE_FORMATS[-1]} file.")
+    elif is_function(source.path):
+        import_function(source.path, f"{key}.path")
+    elif source.path.startswith(("/", ".", "~")) and not path.is_dir():
+        raise UserError(f"{key}.path: there is no directory {path}.")
 
 
 def is_function(path: str) -> bool:

@@ -26,6 +26,7 @@ from bridge_rl.evaluation.results import write_results
 from bridge_rl.evaluation.run import PATIENCE, listens, num_completions, plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore, write_for_readers
 from bridge_rl.evaluation.settings import SETTINGS_FILE, digest
+from bridge_rl.files import write_whole
 from bridge_rl.models import (
     find_file,
     load_final_answer,
@@ -244,10 +245,7 @@ def warmup_directory(recipe: Recipe) -> Path:
 
 def save_recipe(recipe: Recipe, directory: Path) -> None:
     """Write the resolved recipe beside what it made."""
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "recipe.yaml.partial"
-    partial.write_text(recipe.to_yaml())
-    partial.replace(directory / "recipe.yaml")  # half of one, on a full disk, would keep the run from going on
+    write_whole(directory / "recipe.yaml", recipe.to_yaml())  # with half of one, the run could not go on
 
 
 def deciding_keys(recipe: Recipe) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ rank with its size and SHA-256. Only this module knows that form. Its functions 
 the hashing out among themselves.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -45,27 +44,6 @@ def path_of(output: Path, step: int) -> Path:
 def numbered(output: Path) -> list[Path]:
     """Directories with the name of a checkpoint, oldest first; their content is not looked at."""
     return sorted(filter(is_numbered, output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), key=step_of)
-
-
-@contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Two processes in one directory would delete what the other is writing. Makes the directory.
-
-    Raises UserError where another process is inside, or nothing can be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"Nothing can be written to {directory} ({error}): name another directory.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another process works in {directory}: wait for it, or end it.") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches, eos_ids
 from bridge_rl.evaluation.samples import drop_half_line
+from bridge_rl.files import write_whole
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
 from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
@@ -161,10 +162,7 @@ def collect_groups(store: WarmupStore, num_problems: int, path: Path) -> list[Wa
 
 def write_groups(path: Path, groups: Sequence[WarmupGroup]) -> None:
     """One problem a line; the file is there when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(asdict(group)) + "\n" for group in groups))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(asdict(group)) + "\n" for group in groups))
 
 
 def read_groups(path: Path) -> list[WarmupGroup]:
@@ -175,11 +173,11 @@ def read_groups(path: Path) -> list[WarmupGroup]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The content of each line, which is a group and may have a number. Raises UserError naming a damaged one."""
     lines = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             content = json.loads(line)
             WarmupGroup(**{key: value for key, value in content.items() if key != "number"})
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}, is no warm-up group ({error}): delete the file.") from error
         lines.append(content)
     return lines

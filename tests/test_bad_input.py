@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 import bridge_rl as br
 from bridge_rl.cli import main
-from bridge_rl.run_checkpoints import alone_in, writing
+from bridge_rl.files import alone_in
+from bridge_rl.run_checkpoints import writing
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_arith.yaml"
@@ -144,6 +145,11 @@ OVERRIDES = {
     "word for a learning rate": ("training.learning_rate=fast", ["training.learning_rate is 'fast'", "float"]),
     "unknown loss": ("training.loss_type=nonsense", ["training.loss_type is 'nonsense'", "grpo", "dapo"]),
     "unknown scaling": ("training.scale_rewards=std", ["training.scale_rewards is 'std'", "group"]),
+    "workers below 0": ("training.dataloader_num_workers=-1", ["dataloader_num_workers is -1", "at least 0"]),
+    "unknown option of checkpoints": (
+        "training.gradient_checkpointing_kwargs={use_reentrnt: false}",
+        ["'training.gradient_checkpointing_kwargs.use_reentrnt'", "did you mean 'use_reentrant'?"],
+    ),
     "learning rate below 0": ("training.learning_rate=-1", ["training.learning_rate", "Invalid learning rate: -1"]),
     "beta above 1": ("training.adam_beta2=2", ["training.adam_*", "Invalid beta parameter"]),
     "learning rate of a warm-up of 0": ("warmup={learning_rate: 0}", ["warmup.learning_rate is 0.0"]),
@@ -217,6 +223,11 @@ OVERRIDES = {
     "data of a module that is not there": ("data.train={path: 'no.such:rows'}", ["data.train.path", "no.such:rows"]),
     "data function called wrongly": ("data.train.kwargs={colour: 3}", ["data.train.kwargs", "bridge_rl.tiny.task"]),
     "no size": ("data.train.size=0", ["data.train.size is 0"]),
+    "no place of data": ("data.train.path=''", ["'data.train.path' is ''", "at least 1 character"]),
+    "no place of a model": ("model.path=''", ["'model.path' is ''", "at least 1 character"]),
+    "no place to write to": ("output_dir=''", ["'output_dir' is ''", "at least 1 character"]),
+    "data of a format that is not read": ("data.train={path: no.csv}", ["data.train.path", "no.csv is no .jsonl"]),
+    "a directory that is not there": ("data.train={path: ./no}", ["data.train.path", "there is no directory no"]),
     "pattern that is no pattern": ("data.train.answer_pattern='('", ["data.train.answer_pattern is '('"]),
     "pattern without a group": ("data.train.answer_pattern='.+'", ["data.train.answer_pattern is '.+'", "parentheses"]),
 }
@@ -484,9 +495,9 @@ def test_a_base_that_never_solves_enough_problems_cannot_warm_up(command, no_bar
     assert "warmup.data" in error
 
 
-@pytest.mark.parametrize("line", ['{"problem": "1"', '{"problem": "1"}', "3"])
+@pytest.mark.parametrize("line", [b'{"problem": "1"', b'{"problem": "1"}', b"3", b"\xff\xfe\x00\x81"])
 def test_a_damaged_file_of_warm_up_completions_is_named_with_its_line(line, tmp_path, no_bars, capsys):
-    (tmp_path / "groups.jsonl").write_text(line + "\n")
+    (tmp_path / "groups.jsonl").write_bytes(line + b"\n")
     error = error_of_tiny(["warmup={path: groups.jsonl, steps: 1}"], capsys)
     assert "groups.jsonl, line 1, is no warm-up group" in error
 

@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from bridge_rl import run_checkpoints
 from bridge_rl.errors import UserError, is_failed_write
-from bridge_rl.run_checkpoints import MANIFEST, alone_in, checkpoint_to_resume, last_good, numbered, problem_of, writing
+from bridge_rl.run_checkpoints import MANIFEST, checkpoint_to_resume, last_good, numbered, problem_of, writing
 
 
 @pytest.fixture(autouse=True)
@@ -231,20 +231,3 @@ def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_checkpoints, "_read", lambda path: {**read(path), "num_processes": 2})
     with pytest.raises(UserError, match=r"was written by 2 process\(es\) and this run has 1"):
         checkpoint_to_resume(str(folder), tmp_path)
-
-
-def test_two_processes_do_not_work_in_one_directory(tmp_path):
-    with alone_in(tmp_path), pytest.raises(UserError, match="Another process works in"):
-        with alone_in(tmp_path):
-            pass
-    with alone_in(tmp_path):
-        pass
-
-
-def test_a_file_system_without_locks_is_worked_on(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(run_checkpoints.fcntl, "flock", refuse)
-    with alone_in(tmp_path):
-        pass

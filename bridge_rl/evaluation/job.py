@@ -38,6 +38,7 @@ from bridge_rl.evaluation.settings import (
     reward_of,
 )
 from bridge_rl.evaluation.suites import MATH_REWARD, Suite, load_suite
+from bridge_rl.files import alone_in
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
@@ -67,12 +68,17 @@ class Job:
     def run(self, directory: Path) -> Results | None:
         """Sample, analyse, write; on the main rank, which returns the results. Others return None.
 
-        Raises UserError if the directory holds samples of other settings.
+        Raises UserError if the directory holds samples of other settings, or another process works in it.
         """
-        state = PartialState()
-        if state.is_main_process:
+        if not PartialState().is_main_process:
+            return self.run_alone(directory)
+        with alone_in(directory):
             claim(directory, self.settings)
-        state.wait_for_everyone()
+            return self.run_alone(directory)
+
+    def run_alone(self, directory: Path) -> Results | None:
+        state = PartialState()
+        state.wait_for_everyone()  # the main rank has claimed the directory
         store = SampleStore(directory / "samples", state.process_index)
         evaluation = self.plan(store)
         if state.is_main_process and evaluation.done:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from bridge_rl.errors import UserError
+from bridge_rl.files import write_whole
 
 # model: the checkpoint as it is. shuffled: each row hears rows of other prompts instead of its siblings. disabled: its
 # Bridge switched off, so that rows are independent.
@@ -123,11 +124,8 @@ _ADAPTER = TypeAdapter(Results)
 
 
 def write_results(results: Results, path: Path) -> None:
-    """As JSON, replacing what was there only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(_ADAPTER.dump_json(results, indent=2) + b"\n")
-    partial.replace(path)
+    """As JSON."""
+    write_whole(path, _ADAPTER.dump_json(results, indent=2).decode() + "\n")
 
 
 def read_results(path: Path) -> Results:

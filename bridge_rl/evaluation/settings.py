@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bridge_rl.config import Recipe, RewardSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import Suite
+from bridge_rl.files import write_whole
 from bridge_rl.models import load_beside
 
 # What decides the samples of a directory: with other settings they would be others.
@@ -91,11 +92,7 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Write the settings into a new directory; raise UserError if it holds samples of others."""
     path = directory / SETTINGS_FILE
     if not any((directory / "samples").glob("rank_*.jsonl")):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--output: nothing can be written to {directory} ({error}): name another.") from error
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
         return
     before = read_settings(path)
     for key, value in settings.items():

@@ -23,13 +23,13 @@ from bridge_rl.evaluation.results import Results, Summary
 from bridge_rl.evaluation.run import listens
 from bridge_rl.evaluation.samples import SampledGroup, SampleStore, groups_by_problem
 from bridge_rl.evaluation.suites import Suite
+from bridge_rl.files import alone_in
 from bridge_rl.fingerprint import whole_fingerprint
 from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.plan import check, describe
 from bridge_rl.report import names
 from bridge_rl.report.results import provenance
 from bridge_rl.run import train, warm_up, warmup_directory
-from bridge_rl.run_checkpoints import alone_in
 from bridge_rl.study.cells import (
     Cell,
     check_trained,

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import Aggregated, Comparison, Condition, Estimate, Summary
+from bridge_rl.files import write_whole
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -117,11 +118,7 @@ _ADAPTER = TypeAdapter(CellResult)
 
 
 def write_cell(result: CellResult, path: Path) -> None:
-    """Replaces what was there only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(lines(_ADAPTER.dump_python(result, mode="json")), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, lines(_ADAPTER.dump_python(result, mode="json")))
 
 
 def lines(content: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from bridge_rl.evaluation.job import earlier_probes
 from bridge_rl.evaluation.results import Estimate, Results, Summary, read_results
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.evaluation.settings import claim
+from bridge_rl.files import alone_in
 from bridge_rl.models import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +209,12 @@ def test_a_mistake_is_one_sentence(checkpoint, evaluated, capsys, options, compl
     error = capsys.readouterr().err
     assert error.count("error: ") == 1
     assert complaint in error
+
+
+def test_two_evaluations_do_not_work_in_one_directory(checkpoint, tmp_path, capsys):
+    with alone_in(tmp_path), pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path)
+    assert f"Another process works in {tmp_path}" in capsys.readouterr().err
 
 
 def test_other_weights_do_not_go_on_with_samples(checkpoint, evaluated, tmp_path, capsys):
