@@ -382,6 +382,9 @@ class Recipe:
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
+        for key in ("save_strategy", "logging_strategy"):  # YAML takes a `no` without quotes for false
+            if self.training.get(key) is False:
+                self.training[key] = "no"
         if self.save_before is not None:
             parse_duration("save_before", self.save_before)
         if not self.rewards:

@@ -72,6 +72,11 @@ def test_off_needs_no_quotes():
         load_recipe(TINY, ["logging.wandb=on"])
 
 
+def test_a_no_without_quotes_is_a_strategy():
+    recipe = load_recipe(TINY, ["training.save_strategy=no", "training.logging_strategy=no"])
+    assert (recipe.training["save_strategy"], recipe.training["logging_strategy"]) == ("no", "no")
+
+
 def test_without_a_bridge_there_is_no_warm_up():
     recipe = load_recipe(TINY, ["bridge=null"])
     assert recipe.bridge is None

@@ -271,6 +271,27 @@ def test_a_run_killed_after_a_checkpoint_goes_on_by_itself(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_compiled_model_samples_and_learns_the_same(tmp_path):
+    for name, option in (("plain", []), ("compiled", ["training.torch_compile=true"])):
+        options = [*SMALL, "warmup=null", "data.eval=null", f"output_dir={tmp_path / name}", *option]
+        torch._dynamo.utils.counters.clear()
+        main(["train", "recipes/tiny_arith.yaml", *options])
+        assert bool(torch._dynamo.utils.counters["stats"]) == bool(option)
+    plain, compiled = (
+        [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("plain", "compiled")
+    )
+    steps = [(one, other) for one, other in zip(plain, compiled, strict=True) if "loss" in one]
+    assert len(steps) == 2
+    for one, other in steps:
+        assert other["reward"] == one["reward"]
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert abs(other[names.RECOMPUTE_KL]) < 1e-6
+    weights = [br.load_bridge(tmp_path / name).state_dict() for name in ("plain", "compiled")]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_smollm2_takes_three_rlvr_steps(tmp_path):
     """Real weights (GGUF, from a package), real word problems, real log-probs."""
     main(["train", "recipes/smollm2_135m.yaml", f"output_dir={tmp_path}", "data.eval=null"])
