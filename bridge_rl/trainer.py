@@ -43,7 +43,15 @@ from bridge_rl.safety import check_fsdp, check_safe
 from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import bridge_parameters, disable_bridge, find_state, freeze_base, has_bridge
 from bridge_rl.training_rollout import lockstep_rollout
-from bridge_rl.update import accumulating, backward, part_conflicts, parts_of, rows_of_parts, share_of_loss
+from bridge_rl.update import (
+    accumulating,
+    backward,
+    join_metrics,
+    part_conflicts,
+    parts_of,
+    rows_of_parts,
+    share_of_loss,
+)
 
 
 class EpochSampler(RepeatSampler):
@@ -211,12 +219,17 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self._meter.add_tokens(inputs["completion_mask"])
         *parts, last = parts_of(inputs, self.width, self.update, self.accelerator)
         done = torch.zeros((), device=self.args.device)
+        logged = self._metrics["train" if self.model.training else "eval"]
+        before = {name: len(values) for name, values in logged.items()}
         for part in parts:
             with accumulating(self.accelerator, model):
                 loss = self._loss_of_part(model, part, inputs)
                 backward(self.accelerator, loss)
             done += loss.detach()
-        return self._loss_of_part(model, last, inputs) + done
+        loss = self._loss_of_part(model, last, inputs) + done
+        if parts:
+            join_metrics(logged, before, [*parts, last], self.importance_sampling_level, self.accelerator)
+        return loss
 
     def _loss_of_part(self, model: Any, part: dict[str, Any], whole: dict[str, Any]) -> Tensor:
         if self.state.global_step == self._sampled_at:  # no update since

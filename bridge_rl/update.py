@@ -6,6 +6,7 @@ However a micro-batch is cut, its loss and gradients are those of the whole: the
 division by what it is given.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from bridge_rl.config import UpdateSection
 from bridge_rl.group import rows_of_groups, split_rows
+from bridge_rl.report import names
 
 
 def part_conflicts(training: Mapping[str, Any], config: PreTrainedConfig, options: UpdateSection) -> Iterator[str]:
@@ -123,6 +125,40 @@ def share_of_loss(loss_type: str, part: dict[str, Any], whole: dict[str, Any]) -
     if loss_type in ("dapo", "cispo", "vespo"):
         return 1.0
     return len(part["completion_mask"]) / len(whole["completion_mask"])
+
+
+def join_metrics(
+    logged: dict[str, list[float]],
+    before: Mapping[str, int],
+    parts: list[dict[str, Any]],
+    importance_sampling_level: str,
+    accelerator: Accelerator,
+) -> None:
+    """Put one entry, what would be logged of the whole micro-batch, in the place of one for each part.
+
+    before: how many entries each metric had. Parts are sorted by length: their plain mean would count the tokens of
+    short completions more. TRL's means are over the tokens that the loss counts, or over rows where a row has one
+    value; ours are over all tokens of completions.
+    """
+    own = [[part["completion_mask"].sum(), counted_mask(part).sum(), len(part["completion_mask"])] for part in parts]
+    sizes = accelerator.reduce(torch.tensor(own, device=accelerator.device, dtype=torch.float32), reduction="sum")
+    tokens, counted, rows = sizes.double().T.cpu()
+    by_row = {"vespo/phi_seq_mean"}
+    if importance_sampling_level == "sequence":
+        by_row |= {"cispo_clip_ratio", *(f"clip_ratio/{name}_mean" for name in ("low", "high", "region"))}
+    for name, values in logged.items():
+        start = before.get(name, 0)
+        of_parts = torch.tensor(values[start:], dtype=torch.float64)
+        if len(of_parts) != len(parts):  # logged once
+            continue
+        if name.endswith(("_min", "_max")):
+            finite = of_parts[~of_parts.isnan()]
+            joined = math.nan if len(finite) == 0 else (finite.min() if name.endswith("_min") else finite.max()).item()
+        else:
+            ours = name == names.RECOMPUTE_KL or name.startswith(names.NORM_RATIO)
+            weights = tokens if ours else rows if name in by_row else counted
+            joined = (of_parts @ weights / weights.sum().clamp(min=1)).item()
+        values[start:] = [joined]
 
 
 def counted_mask(inputs: dict[str, Any]) -> Tensor:
