@@ -1,8 +1,10 @@
 """A whole run on a small scale, as the command line does it."""
 
 import errno
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import read_results
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.models import load_tokenizer
-from bridge_rl.report import names
+from bridge_rl.report import names, results
 from bridge_rl.report.results import provenance
 from bridge_rl.resume import file_of
 from bridge_rl.run import check_same_recipe, deciding_keys, save_recipe
@@ -137,7 +139,7 @@ def test_a_disk_without_room_leaves_the_recipe_of_the_run_whole(tmp_path, monkey
     recipe = load_recipe("recipes/tiny_arith.yaml")
     save_recipe(recipe, tmp_path)
 
-    def write_half(path, text):
+    def write_half(path, text, **kwargs):
         path.write_bytes(text.encode()[:100])
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -150,6 +152,24 @@ def test_a_disk_without_room_leaves_the_recipe_of_the_run_whole(tmp_path, monkey
 def test_results_say_so_where_git_is_not_installed(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert provenance()["commit"] == "unknown"
+
+
+def test_results_name_a_commit_only_of_a_repository_that_the_code_belongs_to(tmp_path):
+    copy = tmp_path / "bridge_rl" / "report" / "results.py"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(results.__file__, copy)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    commit = [*git, "commit", "-q", "--allow-empty", "-m", "x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run(commit, check=True)
+    spec = importlib.util.spec_from_file_location("copied_results", copy)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    assert copied.provenance()["commit"] == "unknown"
+    assert not copied.provenance()["dirty"]
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run(commit, check=True)
+    assert re.fullmatch("[0-9a-f]{7,}", copied.provenance()["commit"])
 
 
 def test_a_recipe_without_a_warm_up_has_nothing_to_warm_up(tmp_path, capsys):

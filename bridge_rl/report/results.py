@@ -21,10 +21,12 @@ def provenance() -> dict[str, Any]:
         hardware = torch.cuda.get_device_name()
     else:
         hardware = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    # An installation may lie in the repository of something else, as an environment in a project does.
+    tracked = _git("ls-files", "--error-unmatch", str(Path(__file__).resolve())).returncode == 0
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown",
-        "dirty": _git("diff", "--quiet", "HEAD", "--", *CODE).returncode == 1,
+        "commit": _git("rev-parse", "--short", "HEAD").stdout.strip() if tracked else "unknown",
+        "dirty": tracked and _git("diff", "--quiet", "HEAD", "--", *CODE).returncode == 1,
         "hardware": hardware,
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -34,7 +36,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).resolve().parents[2]
     if shutil.which("git") is None:  # as in many images
         return subprocess.CompletedProcess(arguments, 127, "", "")
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)

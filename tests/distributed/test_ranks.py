@@ -103,6 +103,7 @@ def assert_same_steps(found: dict, expected: dict) -> None:
         assert ours["reward"] == pytest.approx(theirs["reward"], abs=1e-6)
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
