@@ -173,6 +173,7 @@ _SIGNS = str.maketrans(
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
+_MIXED = re.compile(r"(?<![\w.,/^}])(\d+)(?:\s|~|\\[,;: ])+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
 # Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
@@ -201,6 +202,7 @@ def clean(text: str) -> str:
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if _THOUSANDS_COMMA.fullmatch(text):
         text = text.replace(",", "")
+    text = _MIXED.sub(_improper_fraction, text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     if (counted := _COUNTED.fullmatch(text)) and not _NO_UNIT.search(text):
         text = counted[1]
@@ -212,6 +214,12 @@ def _repeating_fraction(match: re.Match[str]) -> str:
     shift = 10 ** len(fixed)
     value = Fraction(int((whole or "0") + fixed), shift) + Fraction(int(cycle), shift * (10 ** len(cycle) - 1))
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _improper_fraction(match: re.Match[str]) -> str:
+    """Of `2 1/2`, which math-verify reads as 3/2; `2 3/2` is left as it is."""
+    whole, above, below = map(int, match.groups())
+    return rf"\frac{{{whole * below + above}}}{{{below}}}" if above < below else match[0]
 
 
 def canonical(text: str) -> str:
