@@ -198,6 +198,9 @@ def clean(text: str) -> str:
         text = text[:-1].rstrip()
     text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
     text = re.sub(r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty ", text)
+    if "=" in text:  # behind an equation math-verify reads these as its end, and takes what follows for the answer
+        text = re.sub(r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }", text)
+        text = re.sub(r"\\(?:land|wedge)(?![A-Za-z])", ",", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if _THOUSANDS_COMMA.fullmatch(text):
