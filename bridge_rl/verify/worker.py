@@ -120,7 +120,7 @@ def _agree(gold: Any, given: Any) -> bool:
     """math-verify's verdict, after ruling out false equations and numbers it takes for equal because they are close."""
     from math_verify import verify
 
-    if _states_falsehood(given):
+    if _states_falsehood(given) or _only_one_is_a_set(gold, given):
         return False
     try:
         agree = verify(gold, given, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
@@ -141,6 +141,14 @@ def _states_falsehood(expression: Any) -> bool:
     if not isinstance(expression, Eq) or not all(map(_is_number, expression.args)):
         return False
     return _gap(*expression.args) > (1e-2 if expression.has(Float) else 1e-12)
+
+
+def _only_one_is_a_set(gold: Any, given: Any) -> bool:
+    r"""Where one is the empty set, for which math-verify takes `x<\infty` and `0<1`, too."""
+    from sympy import S, Set
+
+    empty = gold is S.EmptySet or given is S.EmptySet
+    return empty and not (isinstance(gold, Set) and isinstance(given, Set))
 
 
 def _differ_as_numbers(a: Any, b: Any) -> bool:

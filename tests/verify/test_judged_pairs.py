@@ -160,6 +160,8 @@ WRONG = [
     ("x>3", "x<3"),
     (r"-\infty", r"\infty"),
     (r"\emptyset", "0"),
+    (r"\emptyset", r"x<\infty"),
+    (r"\emptyset", "0<1"),
     ("A", "B"),
     ("Monday", "dynamo"),
     ("Monday", "Tuesday"),
