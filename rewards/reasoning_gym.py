@@ -1,5 +1,6 @@
 """1.0 for an answer to which a reasoning-gym task gives its full score, found in processes that can be killed."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,3 +74,6 @@ def _answer(text: str) -> str | None:
 def _pool() -> VerifierPool:
     """Processes start on first use and are shared."""
     return VerifierPool(script=WORKER)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # its threads are the parent's

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,6 +284,27 @@ def test_countdown_accepts_any_right_expression_and_no_other():
     assert logged["verdict"] == ["ok", "ok", "ok", "ok", "ok", "unparsed", "timeout", "unparsed"]
     assert logged["verify/timeout"] == 1 / 8
     assert logged["verify/unparsed"] == 2 / 8
+
+
+def test_a_fork_of_the_trainer_judges_with_processes_of_its_own():
+    _, rows = gym("rg:gcd:1")
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from bridge_rl.config import RewardSection
+        from bridge_rl.models import load_reward
+        score = load_reward(RewardSection("rewards/reasoning_gym.py:correct"), 0)
+        entry, answer = sys.argv[1:]
+        assert score(completions=[answer], task=["gcd"], entry=[entry]) == [1.0]
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if score(completions=["no"], task=["gcd"], entry=[entry]) == [0.0] else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+    arguments = [rows[0]["entry"], json.loads(rows[0]["entry"])["answer"]]
+    subprocess.run([sys.executable, "-c", script, *arguments], cwd=Path(__file__).parents[1], check=True, timeout=120)
 
 
 def test_a_near_miss_that_a_task_rewards_in_part_is_wrong():
