@@ -234,11 +234,16 @@ def _answer(value: Any, source: DataSource, key: str, number: int) -> str:
     """The answer as a string; whole floats (AMC23) lose their `.0`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if source.check_answers and isinstance(value, list | dict):  # as text math-verify reads `['5', '6']` as an interval
+        raise UserError(
+            f"{key}: row {number} of {source.path} has {str(value)[:80]} for its '{source.answer_column}', of type "
+            f"{type(value).__name__}: make it text, or set check_answers=false if your reward does not use math-verify."
+        )
     missing = value is None or (isinstance(value, float) and math.isnan(value))  # as pandas writes what is missing
     answer = "" if missing else str(value).strip()
     if source.answer_pattern is not None:
         match = re.search(source.answer_pattern, answer)
-        if match is None:
+        if match is None or match[1] is None:
             raise UserError(
                 f"{key}.answer_pattern: row {number} of {source.path} does not match {source.answer_pattern!r}."
             )

@@ -119,6 +119,20 @@ def test_an_answer_that_the_pattern_does_not_match_names_its_row(tmp_path):
         load(path, answer_pattern="#### (.+)")
 
 
+def test_a_pattern_whose_group_matches_nothing_names_the_row(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"problem": "a", "answer": "none"}])
+    with pytest.raises(UserError, match=r"data.train.answer_pattern: row 0 of .*p.jsonl"):
+        load(path, answer_pattern="#### (.+)|none")
+
+
+@pytest.mark.parametrize("value", [["5", "6"], ["5"], {"x": 5}])
+def test_an_answer_that_is_no_text_is_refused_where_math_verify_would_read_it(value, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"problem": "a", "answer": value}])
+    with pytest.raises(UserError, match=r"row 0 of .* for its 'answer', of type (list|dict): make it text"):
+        load(path, check_answers=True)
+    assert load(path)[0]["answer"] == str(value)
+
+
 @pytest.mark.parametrize(("value", "answer"), [(27.0, "27"), (0.5, "0.5"), (27, "27"), (-3.0, "-3"), (" x ", "x")])
 def test_whole_floats_lose_their_fraction_and_text_its_margins(value, answer, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"problem": "p", "answer": value}]), tmp_path / "p.parquet")
