@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+from unicodedata import normalize
 
 MAX_CHARS = 1000  # of an answer; a thousand nested parentheses already take sympy's parser 13 s
 TAIL_CHARS = 300  # of prose without a marked answer
@@ -168,8 +169,10 @@ _SIGNS = str.maketrans(
         "\N{GREEK SMALL LETTER PI}": r"\pi ",
         "\N{INFINITY}": r"\infty ",
         "\N{EMPTY SET}": r"\emptyset ",
+        "\N{DEGREE SIGN}": r"^\circ ",
     }
 )
+_POWER = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")  # digits above the line
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
@@ -193,6 +196,7 @@ def clean(text: str) -> str:
     text = text.strip().translate(_SIGNS).strip("*").strip()
     while (whole := _DELIMITED.fullmatch(text)) is not None:
         text = _inside(whole)
+    text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0])}}}", text)
     text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
     if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
         text = text[:-1].rstrip()
