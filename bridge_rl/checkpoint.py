@@ -51,7 +51,8 @@ groups = br.generate_groups(model, [prompt_ids], width=4, params=br.SamplingPara
 def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = False) -> None:
     """Write the blocks and their configuration; with `merged`, the whole model.
 
-    Raises ValueError for a Bridge-only save of a model whose base was trained after the Bridge was attached.
+    Raises ValueError for a Bridge-only save of a model whose base was trained after the Bridge was attached, and for a
+    directory in which `load_bridge` would find another checkpoint first.
     """
     directory = Path(directory)
     state = find_state(model)
@@ -62,6 +63,11 @@ def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = Fa
             "The base weights have changed since the Bridge was attached, so the Bridge alone is not the model: "
             "use save_bridge(..., merged=True)."
         )
+    for name in ("adapter_config.json", *([WEIGHTS_FILE] if merged else [])):
+        if (directory / name).exists():
+            raise UserError(
+                f"{directory} holds another checkpoint, which load_bridge would read instead ({name}): save elsewhere."
+            )
     directory.mkdir(parents=True, exist_ok=True)
     if merged:
         model.save_pretrained(directory)

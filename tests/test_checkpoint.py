@@ -129,6 +129,18 @@ def test_a_sharded_full_checkpoint_keeps_its_bridge(base_directory, tmp_path):
     assert torch.equal(logits(br.load_bridge(tmp_path / "full")), logits(model))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_directory_whose_old_checkpoint_would_be_loaded_is_refused(merged, tmp_path):
+    model = make_bridged("llama")
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="save elsewhere"):
+        br.save_bridge(model, tmp_path, merged=merged)
+    br.save_bridge(model, tmp_path / "blocks")
+    br.save_bridge(model, tmp_path / "blocks")  # the same kind is replaced
+    with pytest.raises(ValueError, match=r"bridge\.safetensors"):
+        br.save_bridge(model, tmp_path / "blocks", merged=True)
+
+
 def test_a_plain_load_drops_the_bridge_which_is_why_the_card_warns(base_directory, tmp_path):
     from transformers import AutoModelForCausalLM
 
