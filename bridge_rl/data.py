@@ -231,7 +231,9 @@ def import_function(path: str, key: str) -> Any:
 
 
 def _answer(value: Any, source: DataSource, key: str, number: int) -> str:
-    """The answer as a string; whole floats (AMC23) lose their `.0`."""
+    """The answer as a string; whole floats (AMC23) lose their `.0`, and where math-verify reads it, one its list."""
+    if source.check_answers and isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if source.check_answers and isinstance(value, list | dict):  # as text math-verify reads `['5', '6']` as an interval

@@ -125,12 +125,17 @@ def test_a_pattern_whose_group_matches_nothing_names_the_row(tmp_path):
         load(path, answer_pattern="#### (.+)|none")
 
 
-@pytest.mark.parametrize("value", [["5", "6"], ["5"], {"x": 5}])
+@pytest.mark.parametrize("value", [["5", "6"], [["5"]], {"x": 5}])
 def test_an_answer_that_is_no_text_is_refused_where_math_verify_would_read_it(value, tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [{"problem": "a", "answer": value}])
     with pytest.raises(UserError, match=r"row 0 of .* for its 'answer', of type (list|dict): make it text"):
         load(path, check_answers=True)
     assert load(path)[0]["answer"] == str(value)
+
+
+def test_an_answer_alone_in_a_list_is_that_answer(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"problem": "a", "answer": ["5"]}])
+    assert load(path, check_answers=True)[0]["answer"] == "5"
 
 
 @pytest.mark.parametrize(("value", "answer"), [(27.0, "27"), (0.5, "0.5"), (27, "27"), (-3.0, "-3"), (" x ", "x")])
