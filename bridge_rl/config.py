@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError
+from bridge_rl.rollout.sampling import LEAST_TEMPERATURE
 from bridge_rl.stop import parse_duration
 from bridge_rl.typed_yaml import STRICT, apply_override, read_yaml, validate, write_yaml
 
@@ -143,8 +144,11 @@ class RolloutSection:
             )
         if self.max_new_tokens < 1:
             raise UserError(f"rollout.max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
-        if self.temperature <= 0:
-            raise UserError(f"rollout.temperature is {self.temperature}: training must sample, so set it above 0.")
+        if self.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"rollout.temperature is {self.temperature}: training must sample, so set it to {LEAST_TEMPERATURE} or "
+                "more."
+            )
         if self.top_p != 1.0 or self.top_k != 0:
             raise UserError(
                 f"rollout.top_p is {self.top_p} and rollout.top_k {self.top_k}: the training log-probs know the "
@@ -237,8 +241,9 @@ class WarmupSection:
 
     data: problems to sample; None: the training problems. samples: completions a problem; a problem is used if at least
     `min_right` of them are right. mixed: beyond the paper, groups hold wrong completions too, with the loss on the
-    right rows only. max_new_tokens: of a completion; None: as in the rollout. steps, learning_rate: of the SFT.
-    groups_per_step: per rank. path: where the completions are written, and taken from if they exist.
+    right rows only. max_new_tokens: of a completion; None: as in the rollout, whose temperature it is sampled at.
+    steps, learning_rate: of the SFT. groups_per_step: per rank. path: where the completions are written, and taken from
+    if they exist.
     """
 
     problems: int = 512
@@ -300,10 +305,10 @@ class EvaluationSection:
                 f"evaluation.max_rows is {self.max_rows}: it must hold a group of the largest of evaluation.widths, "
                 f"{max(self.widths)}."
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not (self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE) or not 0 < self.top_p <= 1:
             raise UserError(
                 f"evaluation.temperature is {self.temperature} and evaluation.top_p {self.top_p}: the temperature must "
-                "be at least 0, top_p above 0 and at most 1."
+                f"be 0 (greedy) or at least {LEAST_TEMPERATURE}, top_p above 0 and at most 1."
             )
 
 

@@ -23,7 +23,7 @@ from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.analyse import analyse
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import write_results
-from bridge_rl.evaluation.run import PATIENCE, listens, num_completions, plan_evaluation
+from bridge_rl.evaluation.run import PATIENCE, eos_ids, listens, num_completions, plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore, write_for_readers
 from bridge_rl.evaluation.settings import SETTINGS_FILE, digest
 from bridge_rl.files import write_whole
@@ -43,7 +43,8 @@ from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.report.tracking import start_tracking, trackers
 from bridge_rl.reward_errors import agreed
-from bridge_rl.rollout import RolloutOptions
+from bridge_rl.rollout import RolloutOptions, SamplingParams
+from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.run_checkpoints import checkpoint_to_resume
 from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer
@@ -59,7 +60,7 @@ from bridge_rl.warmup import (
 
 # Keys that decide what is in a directory; going on with others would mix two runs without a sound.
 PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
-DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens")
+DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens", "rollout.temperature")
 OF_ROLLOUT = ("width", "num_generations", "max_new_tokens", "temperature", "mask_truncated", "dynamic_sampling")
 DECIDES_RUN = (
     *PROBLEMS,
@@ -205,9 +206,15 @@ def warmup_groups(recipe: Recipe, model: Any, tokenizer: Any, judge: Judge, stop
         return read_groups(path)
     rows = load_prompts(recipe, section.data or recipe.data.train, "warmup.data", tokenizer).to_list()
     rows = rows[: section.problems]
-    store, limit = WarmupStore(directory / "sampled"), recipe.rollout.max_new_tokens
+    store, rollout = WarmupStore(directory / "sampled"), recipe.rollout
+    params = SamplingParams(
+        section.max_new_tokens or rollout.max_new_tokens,
+        rollout.temperature,
+        seed=stream_seed(recipe.seed, "warmup"),
+        eos_token_id=eos_ids(model, tokenizer),
+    )
     with Bar("warm-up samples", len(rows) // PartialState().num_processes) as bar:
-        options = (section, limit, recipe.rollout.max_rows, recipe.seed, store, stop.asked, bar.update)
+        options = (section.samples, params, rollout.max_rows, store, stop.asked, bar.update)
         sample_warmup_groups(model, tokenizer, rows, judge, *options)
     if stop.agree(stop.asked()):
         raise Stopped(

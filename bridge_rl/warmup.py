@@ -35,13 +35,12 @@ from bridge_rl.config import WarmupSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.judge import Judge
-from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches, eos_ids
+from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches
 from bridge_rl.evaluation.samples import drop_half_line
 from bridge_rl.files import write_whole
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
 from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
-from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.stop import Stop
 from bridge_rl.surgery import bridge_parameters, disable_bridge, freeze_base
 
@@ -95,24 +94,18 @@ def sample_warmup_groups(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
     judge: Judge,
-    section: WarmupSection,
-    max_new_tokens: int,
+    samples: int,
+    params: SamplingParams,
     max_rows: int | None,
-    seed: int,
     store: WarmupStore,
     cancelled: Callable[[], bool],
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """This rank's share of the problems that `store` does not hold yet, until all is there or `cancelled`.
+    """`samples` completions of each problem of this rank's share that `store` does not hold, until `cancelled`.
 
     Returns on all ranks at once, or raises RewardFailed on all, with what was judged before in `store`.
     """
     state = PartialState()
-    params = SamplingParams(
-        section.max_new_tokens or max_new_tokens,
-        seed=stream_seed(seed, "warmup"),
-        eos_token_id=eos_ids(model, tokenizer),
-    )
     options = RolloutOptions(max_rows=max_rows, cancelled=cancelled)
     done = store.read().keys()
     state.wait_for_everyone()  # all have read before one writes
@@ -121,10 +114,10 @@ def sample_warmup_groups(
         for start in range(0, len(mine), PROBLEMS_PER_CALL):
             numbers = [number for number in mine[start : start + PROBLEMS_PER_CALL] if number not in done]
             prompts = prompt_tokens(tokenizer, [rows[n]["prompt"] for n in numbers]) if numbers else []
-            rollout = Rollout(model, prompts, section.samples, params, numbers, options=options)
+            rollout = Rollout(model, prompts, samples, params, numbers, options=options)
             with closing(rollout.stream()) as stream:
                 ended = (pair for pair in stream if "abort" not in pair[1].finish_reasons)
-                for batch in batches(ended, max(1, ROWS_PER_WRITE // section.samples)):
+                for batch in batches(ended, max(1, ROWS_PER_WRITE // samples)):
                     places = [place for place, _ in batch]
                     chosen, tokens = [rows[numbers[place]] for place in places], [group.tokens for _, group in batch]
                     texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]

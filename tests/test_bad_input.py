@@ -155,7 +155,9 @@ OVERRIDES = {
     "learning rate of a warm-up of 0": ("warmup={learning_rate: 0}", ["warmup.learning_rate is 0.0"]),
     "no number": ("rollout.temperature=.nan", ["'rollout.temperature' is nan", "finite"]),
     "unknown schedule": ("training.lr_scheduler_type=nonsense", ["training: ", "nonsense", "linear"]),
-    "greedy training": ("rollout.temperature=0", ["rollout.temperature is 0.0", "above 0"]),
+    "greedy training": ("rollout.temperature=0", ["rollout.temperature is 0.0", "0.01 or more"]),
+    "nearly greedy training": ("rollout.temperature=1e-4", ["rollout.temperature is 0.0001", "0.01 or more"]),
+    "nearly greedy evaluation": ("evaluation.temperature=1e-4", ["evaluation.temperature is 0.0001", "0.01"]),
     "top_p in the rollout": ("rollout.top_p=0.9", ["rollout.top_p is 0.9", "set top_p=1.0"]),
     "rows that hold no group": ("rollout.max_rows=2", ["rollout.max_rows is 2", "a group of 4"]),
     "a cache that holds no group": (

@@ -1,17 +1,20 @@
 """The warm-up's data, its batches and what it trains."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_bridged
 from transformers import TrainingArguments
 
 import bridge_rl as br
-from bridge_rl.config import ModelSection, WarmupSection
+from bridge_rl.config import ModelSection, WarmupSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import eos_ids
-from bridge_rl.models import load_model, load_tokenizer
-from bridge_rl.rollout.sampling import stream_seed
+from bridge_rl.models import load_model, load_policy, load_tokenizer
+from bridge_rl.run import warmup_groups
+from bridge_rl.stop import Stop
 from bridge_rl.tiny import is_correct, make_problems
 from bridge_rl.warmup import (
     WarmupGroup,
@@ -139,10 +142,10 @@ def test_the_base_samples_the_data_and_the_file_gives_it_back(tmp_path):
         return [float(is_correct(p, c[-1]["content"])) for p, c in zip(problem, completions, strict=True)]
 
     store = WarmupStore(tmp_path / "sampled")
-    sample_warmup_groups(model, tokenizer, rows, Judge(reward, str), SECTION, 32, None, 0, store, lambda: False)
+    params = br.SamplingParams(32, seed=3, eos_token_id=eos_ids(model, tokenizer))
+    sample_warmup_groups(model, tokenizer, rows, Judge(reward, str), 4, params, None, store, lambda: False)
     groups = list(store.read().values())
     assert [g.problem for g in groups] == texts
-    params = br.SamplingParams(32, seed=stream_seed(0, "warmup"), eos_token_id=eos_ids(model, tokenizer))
     with br.disable_bridge(model):
         sampled = br.generate_groups(model, [g.prompt_ids for g in groups], 4, params)
     assert [g.completion_ids for g in groups] == [g.tokens for g in sampled]
@@ -152,6 +155,16 @@ def test_the_base_samples_the_data_and_the_file_gives_it_back(tmp_path):
     assert collect_groups(store, 3, tmp_path / "groups.jsonl") == groups
     assert not store.directory.exists()
     assert read_groups(tmp_path / "groups.jsonl") == groups
+
+
+def test_the_base_samples_at_the_temperature_of_the_rollout(tmp_path):
+    recipe = load_recipe(
+        Path("recipes/tiny_arith.yaml"),
+        [f"output_dir={tmp_path}", "warmup.problems=4", "warmup.samples=4", "rollout.temperature=0.01"],
+    )
+    tokenizer, model = load_tokenizer(recipe.model), load_policy(recipe)
+    groups = warmup_groups(recipe, model, tokenizer, Judge.of(recipe.rewards[0]), Stop())
+    assert sum(len({tuple(ids) for ids in group.completion_ids}) for group in groups) <= 6  # at 1 all 16 differ
 
 
 def test_a_damaged_line_is_named(tmp_path):

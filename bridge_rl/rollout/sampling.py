@@ -12,6 +12,7 @@ from torch import Tensor
 from bridge_rl.errors import UserError
 from bridge_rl.group import merge_rows
 
+LEAST_TEMPERATURE = 0.01  # of draws; the next is 0, greedy
 CDF_BLOCK = 128  # divides the vocabularies of the served families, so that nothing is padded
 
 
@@ -39,8 +40,10 @@ class SamplingParams:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
         # Below these the scaled logits overflow, or no token is left, in float32.
-        if self.temperature != 0 and not 0.01 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or at least 0.01.")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature is {self.temperature}: it must be 0 (greedy) or at least {LEAST_TEMPERATURE}."
+            )
         if not 1e-6 <= self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must be between 1e-6 and 1.")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
