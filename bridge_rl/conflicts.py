@@ -46,6 +46,7 @@ MANAGED = {
     "activation_checkpointing_kwargs": "training.gradient_checkpointing_kwargs",
     "chat_template_kwargs": "model.chat_template_kwargs",
     "run_name": "logging.name",
+    "project": "logging.project",
     "eval_strategy": "evaluation.every",
     "eval_steps": "evaluation.every",
     "num_generations_eval": "evaluation.widths",

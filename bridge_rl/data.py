@@ -24,7 +24,15 @@ FILE_FORMATS = (".jsonl", ".json", ".parquet")
 OTHER_FORMATS = (".csv", ".tsv", ".txt")  # which are not read, and are no names on the hub
 HUB_TIMEOUT_S = 10.0
 # What the trainer gives to rewards beside the columns of the data.
-GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+GIVEN_TO_REWARDS = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "group_index",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+}
 # Whatever keeps a request from being answered: httpx's error, or httpx2's, as huggingface_hub goes.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 

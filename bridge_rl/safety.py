@@ -29,6 +29,7 @@ _UNSAFE: tuple[tuple[str, Any, str], ...] = (
     ("min_p", None, "the training log-probs know the temperature only: leave it out"),
     ("repetition_penalty", 1.0, "the training log-probs know the temperature only: set it to 1.0"),
     ("generation_kwargs", None, "the rollout is ours and does not read them: use the rollout section"),
+    ("cache_implementation", None, "the rollout is ours and has a cache of its own: leave it out"),
     ("use_liger_kernel", False, "it replaces the layers' forward, in which the blocks sit: leave it off"),
     ("sync_ref_model", False, "the reference is the base itself, which does not move: leave it off"),
     (

@@ -81,7 +81,8 @@ def rows_with(column):
 
 
 @pytest.mark.parametrize(
-    "column", ["prompt", "prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state"]
+    "column",
+    ["prompt", "prompts", "completions", "completion_ids", "group_index", "log_extra", "log_metric", "trainer_state"],
 )
 def test_a_column_called_as_what_the_trainer_makes_is_refused(column):
     with pytest.raises(UserError, match=rf"data.train.path: the rows of test_data:rows_with have a column '{column}'"):
