@@ -1,15 +1,13 @@
 """Shapes of the models that the paper used, so that a plan needs neither weights nor a network.
 
-The Bridge of a preset has an inner width of 3/16 of the model's: 2.79 / 3.54 / 5.02 % new parameters, the paper's band
-of 2.8 to 5.1 % with its smallest model at the lower end and its largest at the upper. A fixed inner width of 512 gives
-4.96 / 2.70 / 3.34 %, below that band for 7B. The paper states the band, not heads and sizes.
+The Bridge of their recipes has an inner width of 3/16 of the model's: 2.79 / 3.54 / 5.02 % new parameters, the paper's
+band of 2.8 to 5.1 % with its smallest model at the lower end and its largest at the upper. A fixed inner width of 512
+gives 4.96 / 2.70 / 3.34 %, below that band for 7B. The paper states the band, not heads and sizes.
 """
 
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
-
-from bridge_rl.block import BridgeConfig
 
 QWEN_1_5B = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 QWEN_7B = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
@@ -49,12 +47,6 @@ _SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "vocab_size": 128256,
         },
     ),
-}
-
-BRIDGES: dict[str, BridgeConfig] = {
-    QWEN_1_5B: BridgeConfig(num_heads=6, head_dim=48),
-    QWEN_7B: BridgeConfig(num_heads=14, head_dim=48),
-    LLAMA_8B: BridgeConfig(num_heads=16, head_dim=48),
 }
 
 

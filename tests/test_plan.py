@@ -8,11 +8,12 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
+from bridge_rl.block import BridgeConfig
 from bridge_rl.cli import main
 from bridge_rl.config import load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.plan import Batches, check, count_parameters, make_plan, work_out_batches
-from bridge_rl.presets import BRIDGES, LLAMA_8B, QWEN_1_5B, QWEN_7B, preset_config
+from bridge_rl.presets import LLAMA_8B, QWEN_1_5B, QWEN_7B, preset_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = RECIPES / "tiny_arith.yaml"
@@ -116,7 +117,7 @@ PRESETS = [
 @pytest.mark.parametrize(("name", "model", "base", "d", "w", "layers"), PRESETS)
 def test_a_preset_adds_four_projections_and_a_norm_to_every_layer(name, model, base, d, w, layers):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    assert (recipe.model.path, recipe.bridge) == (model, BRIDGES[model])
+    assert (recipe.model.path, recipe.bridge) == (model, BridgeConfig(num_heads=w // 48, head_dim=48))
     found = count_parameters(preset_config(model), recipe)
     new = found.new
     assert new == 4 * d * w * layers + d * layers
