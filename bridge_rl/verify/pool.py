@@ -20,6 +20,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from bridge_rl.errors import UserError
 from bridge_rl.verify.answer import canonical, decide, find_answer, gold_answer, readable, word
 
 Status = Literal["ok", "unparsed", "timeout", "error"]
@@ -154,7 +155,7 @@ def _default_size() -> int:
     if asked is None:
         return min(os.cpu_count() or 1, MAX_WORKERS)
     if not asked.isdecimal() or int(asked) < 1:
-        raise ValueError(f"BRIDGE_RL_VERIFIER_WORKERS is {asked!r}: give a number of workers, at least 1.")
+        raise UserError(f"BRIDGE_RL_VERIFIER_WORKERS is {asked!r}: give a number of workers, at least 1.")
     return int(asked)
 
 

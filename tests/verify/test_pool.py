@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bridge_rl import verify
+from bridge_rl.errors import UserError
 from bridge_rl.verify import Verdict, VerifierPool, gold_parses, verify_answers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,7 +175,7 @@ def test_the_number_of_workers_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("BRIDGE_RL_VERIFIER_WORKERS", "3")
     assert VerifierPool().size == 3
     monkeypatch.setenv("BRIDGE_RL_VERIFIER_WORKERS", "many")
-    with pytest.raises(ValueError, match="BRIDGE_RL_VERIFIER_WORKERS"):
+    with pytest.raises(UserError, match="BRIDGE_RL_VERIFIER_WORKERS"):
         VerifierPool()
 
 
