@@ -51,8 +51,9 @@ groups = br.generate_groups(model, [prompt_ids], width=4, params=br.SamplingPara
 def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = False) -> None:
     """Write the blocks and their configuration; with `merged`, the whole model.
 
-    Raises ValueError for a Bridge-only save of a model whose base was trained after the Bridge was attached, and for a
-    directory in which `load_bridge` would find another checkpoint first.
+    Raises ValueError for a model without a Bridge or in PEFT's wrapper, for a Bridge-only save of one whose base was
+    trained after the Bridge was attached, and for a directory in which `load_bridge` would find another checkpoint
+    first.
     """
     directory = Path(directory)
     state = find_state(model)

@@ -71,7 +71,8 @@ def bridged_class(cls: type[nn.Module]) -> type[nn.Module]:
 def attach_bridge(model: PreTrainedModel, config: BridgeConfig) -> PreTrainedModel:
     """Add a zero-started block after every decoder layer named by `config`, in place, and return `model`.
 
-    The blocks take the device and dtype of their layer; their random start comes from torch's global generator.
+    The blocks take the device of their layer and the dtype of the model; their random start comes from torch's global
+    generator.
     Raises ValueError for a model family that is not served, a layer that does not exist, and a model that has blocks
     or an adapter.
     """

@@ -38,7 +38,8 @@ class RolloutOptions:
     deadline_s: seconds after which rows that have not ended are cut. cancelled: asked between steps, cuts
     them when true.
     steps_per_visit: decode steps between two looks of the scheduler, each of which waits for the device; by default 1
-    on CPU, 8 on CUDA. A row that ends in between runs on unseen until the next look.
+    on CPU, 8 on CUDA, and always 1 with stop strings and from shards. A row that ends in between runs on unseen until
+    the next look.
     cuda_graphs: record decode steps as CUDA graphs, which spares the launches of their kernels. Not yet run on a GPU.
     prefill_tokens: prompt tokens, padding included, in one forward pass; longer prompts are prefilled in chunks.
     """
