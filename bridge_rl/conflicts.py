@@ -47,11 +47,19 @@ MANAGED = {
     "chat_template_kwargs": "model.chat_template_kwargs",
     "run_name": "logging.name",
     "project": "logging.project",
+    "data_seed": "seed",
+    "per_device_eval_batch_size": "evaluation.max_rows",
     "eval_strategy": "evaluation.every",
     "eval_steps": "evaluation.every",
     "num_generations_eval": "evaluation.widths",
     "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
 }
+# Fields that nothing reads here: of other samplers, of TRL's evaluation loop, of losses by labels, of vLLM.
+WITHOUT_EFFECT = re.compile(
+    "train_sampling_strategy|length_column_name|eval_accumulation_steps|eval_do_concat_batches|eval_use_gather_object"
+    "|prediction_loss_only|batch_eval_metrics|include_for_metrics|(bf16|fp16)_full_eval|label_names"
+    "|label_smoothing_factor|max_tool_calling_iterations|ref_model_.*|vllm_.*"
+)
 LEAST = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -109,7 +117,7 @@ def find_conflicts(recipe: Recipe, config: PreTrainedConfig, batches: "Batches",
 
 
 def unknown_options(recipe: Recipe) -> Iterator[str]:
-    """Keys of `training` that GRPOConfig does not have, or that another section decides."""
+    """Keys of `training` that GRPOConfig does not have, that do nothing, or that another section decides."""
     known = {f.name for f in fields(GRPOConfig) if f.init}
     for key in recipe.training:
         if key in MANAGED:
@@ -117,6 +125,8 @@ def unknown_options(recipe: Recipe) -> Iterator[str]:
         elif key not in known:
             near = difflib.get_close_matches(key, known, 1)
             yield f"unknown key 'training.{key}'" + (f": did you mean '{near[0]}'?" if near else ".")
+        elif WITHOUT_EFFECT.fullmatch(key):
+            yield f"training.{key} has no effect here: leave it out."
         elif key in CHOICES and recipe.training[key] not in CHOICES[key]:
             yield f"training.{key} is {recipe.training[key]!r}: use one of {', '.join(map(str, CHOICES[key]))}."
 
