@@ -170,9 +170,12 @@ _SIGNS = str.maketrans(
         "\N{INFINITY}": r"\infty ",
         "\N{EMPTY SET}": r"\emptyset ",
         "\N{DEGREE SIGN}": r"^\circ ",
+        "\N{FRACTION SLASH}": "/",
     }
 )
 _POWER = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")  # digits above the line
+_ONE_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")  # fractions such as one half
+_ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])))")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
@@ -187,7 +190,9 @@ _CHANGES = re.compile(
     r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)))\b"
 )
 _NO_UNIT = re.compile(rf"{_CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
-_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm)\s*\{([^{}]*)\}")
+_OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
+_TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
+_SECOND_NUMBER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: !])*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
 _SPACE = re.compile(r"\\[,;:! ]|~")
 
 
@@ -197,6 +202,8 @@ def clean(text: str) -> str:
     while (whole := _DELIMITED.fullmatch(text)) is not None:
         text = _inside(whole)
     text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0])}}}", text)
+    text = _ONE_SIGN.sub(_fraction_of_one_sign, text)
+    text = _ROOT.sub(lambda match: rf"\sqrt{{{next(part for part in match.groups() if part is not None)}}}", text)
     text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
     if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
         text = text[:-1].rstrip()
@@ -214,6 +221,13 @@ def clean(text: str) -> str:
     if (counted := _COUNTED.fullmatch(text)) and not _NO_UNIT.search(text):
         text = counted[1]
     return text
+
+
+def _fraction_of_one_sign(match: re.Match[str]) -> str:
+    """`1/2` of the one sign, behind a number `2 1/2`; LaTeX, where letters may follow."""
+    before, sign = match.groups()
+    above, _, below = normalize("NFKC", sign).partition("\N{FRACTION SLASH}")
+    return f"{before} {above}/{below}" if before else rf"\frac{{{above}}}{{{below}}}"
 
 
 def _repeating_fraction(match: re.Match[str]) -> str:
@@ -239,10 +253,13 @@ def canonical(text: str) -> str:
 
 
 def changes(text: str) -> list[tuple[str, ...]]:
-    r"""The words behind the first digit that change a number, in a `\text{}` or not; a plural is its singular."""
+    r"""What changes a number and math-verify drops: words behind the first digit, in a `\text{}` or not (of a plural
+    its singular), and digits in a `\text{}` behind a digit.
+    """
     plain = _SPACE.sub(" ", _TEXT.sub(r" \1", text)).casefold()
     digit = re.search(r"\d", plain)
-    return _CHANGES.findall(plain, digit.start()) if digit else []
+    words = _CHANGES.findall(plain, digit.start()) if digit else []
+    return [*words, *((digits,) for digits in _SECOND_NUMBER.findall(text))]
 
 
 _BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2, \sqrt2
@@ -272,7 +289,8 @@ def comparable_answer(completion: str) -> str | None:
         text = pattern.sub(braced, text)
     if named := _NAMED.fullmatch(text):
         text = named[1].strip()
-    if (measured := _WITH_UNIT.fullmatch(text)) and not _NO_UNIT.search(measured["unit"] or ""):
+    no_unit = _SECOND_NUMBER.search(text)
+    if not no_unit and (measured := _WITH_UNIT.fullmatch(text)) and not _NO_UNIT.search(measured["unit"] or ""):
         text = measured["value"]
     if (value := number(text)) is not None:
         return str(value.value)
