@@ -17,6 +17,9 @@ CAUTIONS = {
 }
 
 
+MOST_UNMARKED = 0.1  # share of right rows
+
+
 def analyse(
     groups: Sequence[SampledGroup],
     widths: Sequence[int],
@@ -34,7 +37,7 @@ def analyse(
         meta=meta,
         summaries=summaries,
         comparisons=controls.comparisons,
-        verdicts=[*cautions(summaries), *controls.verdicts],
+        verdicts=[*cautions(summaries), *unmarked(groups), *controls.verdicts],
         aggregated=at_equal_cost(groups, methods) if listening else of_every_width(at_widths, methods),
         lengths=length_curve(at_widths),
         probes=probes,
@@ -55,6 +58,18 @@ def cautions(summaries: Sequence[Summary]) -> list[str]:
         if share > most:
             found.append(f"Caution: {share:.0%} of rows {words} (condition {worst.condition}, width {worst.width}).")
     return found
+
+
+def unmarked(groups: Sequence[SampledGroup]) -> list[str]:
+    """Right rows that no vote counts: a verifier may find an answer in prose, `final_answer` finds marked ones only."""
+    right = [answer for group in groups for answer, ok in zip(group.answers, group.correct, strict=True) if ok]
+    share = right.count(None) / max(1, len(right))
+    if share <= MOST_UNMARKED:
+        return []
+    return [
+        f"Caution: {share:.0%} of right rows mark no answer, and majority votes and distinct answers leave them out: "
+        "let the prompt ask for a mark, or the reward's `final_answer` find it."
+    ]
 
 
 def at_every_width(groups: Sequence[SampledGroup], widths: Sequence[int], listening: bool) -> list[SampledGroup]:

@@ -322,6 +322,17 @@ def test_rows_without_a_score_are_wrong_and_counted(checkpoint, tmp_path, capsys
     assert any(verdict.startswith("Caution: 100% of rows could not be judged") for verdict in results.verdicts)
 
 
+@pytest.mark.parametrize("found", ["None", "completion"])
+def test_right_rows_that_no_vote_counts_are_told_of(checkpoint, tmp_path, found):
+    (tmp_path / "mine.py").write_text(
+        "def reward(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+        f"def final_answer(completion):\n    return {found}\n"
+    )
+    results = evaluate(checkpoint, tmp_path / "out", "--reward", f"{tmp_path / 'mine.py'}:reward")
+    told = [verdict for verdict in results.verdicts if "of right rows mark no answer" in verdict]
+    assert [verdict.startswith("Caution: 100%") for verdict in told] == ([True] if found == "None" else [])
+
+
 def test_answers_that_math_verify_cannot_read_do_for_a_reward_that_can(checkpoint, tmp_path):
     (tmp_path / "words.jsonl").write_text(json.dumps({"problem": "20,11,12,13,14,15:31", "answer": "x^2 +"}) + "\n")
     suite = ["--suite", str(tmp_path / "words.jsonl")]
