@@ -15,7 +15,7 @@ CAUTIONS = {
     "unparsed": (0.5, "hold no answer that could be read: look at the completions, the prompt or `final_answer`"),
     "unjudged": (0.01, "could not be judged (time-out, error or no score) and count as wrong: look at the reward"),
 }
-MOST_UNMARKED = 0.1  # share of right rows, above which the same holds
+MOST_UNMARKED = 0.1  # share of right rows above which a sentence says so
 
 
 def analyse(

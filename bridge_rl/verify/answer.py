@@ -289,8 +289,8 @@ def comparable_answer(completion: str) -> str | None:
         text = pattern.sub(braced, text)
     if named := _NAMED.fullmatch(text):
         text = named[1].strip()
-    no_unit = _SECOND_NUMBER.search(text)
-    if not no_unit and (measured := _WITH_UNIT.fullmatch(text)) and not _NO_UNIT.search(measured["unit"] or ""):
+    goes_on = _SECOND_NUMBER.search(text)
+    if not goes_on and (measured := _WITH_UNIT.fullmatch(text)) and not _NO_UNIT.search(measured["unit"] or ""):
         text = measured["value"]
     if (value := number(text)) is not None:
         return str(value.value)
