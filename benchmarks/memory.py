@@ -35,7 +35,7 @@ from bridge_rl.models import load_tokenizer, trained_in_float32
 from bridge_rl.plan import count_parameters, work_out_batches
 from bridge_rl.report.results import provenance
 from bridge_rl.rollout import pages
-from bridge_rl.run import lora_config, training_arguments
+from bridge_rl.run_options import lora_config, training_arguments
 from bridge_rl.surgery import attach_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 

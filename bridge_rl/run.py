@@ -1,34 +1,22 @@
 """A run from a recipe, read top to bottom: plan, warm-up, model, data, rewards, trainer, train, evaluate."""
 
-import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
-from trl import GRPOConfig
+from transformers import PrinterCallback
 
 from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
-from bridge_rl.config import DataSource, Recipe, load_recipe
+from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import Stopped, UserError
-from bridge_rl.evaluation.analyse import analyse
 from bridge_rl.evaluation.judge import Judge
-from bridge_rl.evaluation.results import write_results
-from bridge_rl.evaluation.run import PATIENCE, eos_ids, listens, num_completions, plan_evaluation
-from bridge_rl.evaluation.samples import SampleStore, write_for_readers
-from bridge_rl.evaluation.settings import SETTINGS_FILE, digest
-from bridge_rl.files import write_whole
+from bridge_rl.evaluation.run import PATIENCE, eos_ids
 from bridge_rl.models import (
-    find_file,
     load_final_answer,
     load_policy,
     load_reward,
@@ -36,16 +24,30 @@ from bridge_rl.models import (
     uses_deepspeed,
     uses_fsdp,
 )
-from bridge_rl.report import names
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar, RewardProgress
-from bridge_rl.report.results import provenance
-from bridge_rl.report.tables import as_table
-from bridge_rl.report.tracking import start_tracking, trackers
+from bridge_rl.report.tracking import start_tracking
 from bridge_rl.reward_errors import agreed
 from bridge_rl.rollout import RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.run_checkpoints import checkpoint_to_resume
+from bridge_rl.run_directory import (
+    DECIDES_WARMUP,
+    check_same_recipe,
+    deciding_keys,
+    evaluation_directory,
+    save_recipe,
+    warmup_directory,
+    write_history,
+)
+from bridge_rl.run_evaluation import make_evaluator
+from bridge_rl.run_options import (
+    check_optimizer,
+    lora_config,
+    prepare_distributed,
+    training_arguments,
+    warmup_arguments,
+)
 from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import (
@@ -57,18 +59,6 @@ from bridge_rl.warmup import (
     train_blocks,
     usable,
 )
-
-# Keys that decide what is in a directory; going on with others would mix two runs without a sound.
-PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
-DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens", "rollout.temperature")
-OF_ROLLOUT = ("width", "num_generations", "max_new_tokens", "temperature", "mask_truncated", "dynamic_sampling")
-DECIDES_RUN = (
-    *PROBLEMS,
-    "train",
-    "training.optim",
-    *(f"rollout.{key}" for key in OF_ROLLOUT),
-)  # not memory, which changes no token
-DECIDES_SAMPLES = ("temperature", "top_p", "max_new_tokens", "seed")  # of an evaluation, beside weights and problems
 
 
 def train(recipe: Recipe) -> dict[str, float]:
@@ -224,161 +214,6 @@ def warmup_groups(recipe: Recipe, model: Any, tokenizer: Any, judge: Judge, stop
     return collect_groups(store, len(rows), path)
 
 
-def warmup_arguments(recipe: Recipe) -> TrainingArguments:
-    """Of the warm-up's SFT, which saves every tenth of its steps if the run saves any."""
-    section = recipe.warmup
-    assert section is not None
-    return TrainingArguments(
-        output_dir=str(warmup_directory(recipe) / "trainer"),
-        max_steps=section.steps,
-        per_device_train_batch_size=section.groups_per_step,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type="cosine",
-        logging_steps=max(1, section.steps // 20),
-        save_strategy="no" if recipe.training.get("save_strategy") == "no" else "steps",
-        save_steps=max(1, section.steps // 10),
-        report_to=[],
-        seed=recipe.seed,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        gradient_checkpointing=recipe.training.get("gradient_checkpointing", True),
-        **device_arguments(recipe),
-    )
-
-
-def warmup_directory(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir) / "warmup"
-
-
-def save_recipe(recipe: Recipe, directory: Path) -> None:
-    """Write the resolved recipe beside what it made."""
-    write_whole(directory / "recipe.yaml", recipe.to_yaml())  # with half of one, the run could not go on
-
-
-def deciding_keys(recipe: Recipe) -> tuple[str, ...]:
-    """Of a run's checkpoints."""
-    return (*DECIDES_RUN, "lora") if recipe.train == "lora" else DECIDES_RUN
-
-
-def check_same_recipe(recipe: Recipe, directory: Path, keys: tuple[str, ...]) -> None:
-    """Raise UserError if what is in `directory` was made by a recipe that differs in one of `keys`."""
-    path = directory / "recipe.yaml"
-    before = asdict(load_recipe(path)) if path.is_file() else {}  # a key that is new since has its default
-    for key in keys:
-        if look_up(before, key) != look_up(asdict(recipe), key):
-            raise UserError(
-                f"{directory} was made by a recipe with another '{key}' ({path}): use that one to go on, another "
-                "output_dir to start anew, or delete the directory."
-            )
-
-
-def look_up(content: dict[str, Any], key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
-    for part in key.split("."):
-        content = (content or {}).get(part)  # type: ignore[assignment]
-    return content
-
-
-def write_history(history: list[dict[str, float]], directory: Path) -> None:
-    """The trainer's log, one entry a line."""
-    (directory / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
-
-
-# -- pieces of a run ------------------------------------------------------------------------------------------------
-
-
-def prepare_distributed(recipe: Recipe) -> None:
-    """Turn DeepSpeed on where the recipe asks for it and the launcher did not, in the launcher's own words.
-
-    On CPU, keep DeepSpeed from compiling its shared-memory operator, which takes minutes and is not used.
-    """
-    stage = recipe.launch.zero_stage
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if stage > 0 and not uses_deepspeed() and not uses_fsdp():
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(find_file(recipe.launch.deepspeed_config))
-        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == 3).lower()
-    if uses_deepspeed() and not torch.cuda.is_available():
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def device_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Where and in what precision to run: bf16 on a GPU, fp32 on CPU (over gloo with several processes)."""
-    if torch.cuda.is_available():
-        return {"bf16": recipe.training.get("bf16", not recipe.training.get("fp16"))}
-    if uses_deepspeed():
-        # With use_cpu accelerate would believe in a world of one process.
-        return {"bf16": False, "use_cpu": False, "ddp_backend": "gloo"}
-    return {"bf16": False, "use_cpu": True}
-
-
-def training_arguments(recipe: Recipe) -> GRPOConfig:
-    """TRL's configuration: the recipe's `training` section beside what other sections decide."""
-    rollout = recipe.rollout
-    evaluating = recipe.data.eval is not None and recipe.evaluation.every is not None
-    options = {
-        "num_generations": rollout.num_generations,
-        "max_completion_length": rollout.max_new_tokens,
-        "temperature": rollout.temperature,
-        "reward_weights": [section.weight for section in recipe.rewards],
-        "seed": recipe.seed,
-        "output_dir": recipe.output_dir,
-        "run_name": recipe.logging.name or Path(recipe.output_dir).name,
-        "project": recipe.logging.project,
-        "eval_strategy": "steps" if evaluating else "no",
-        "eval_steps": recipe.evaluation.every if evaluating else None,
-        "per_device_eval_batch_size": rollout.num_generations,  # of TRL's evaluation loop, which ours replaces
-        "log_completions": recipe.logging.wandb != "off",  # the dashboard's table
-        "num_completions_to_print": 0,
-        "ddp_timeout": int(PATIENCE.total_seconds()),
-        "disable_tqdm": True,  # our own bar shows the reward
-        "ddp_find_unused_parameters": False,
-    }
-    decided = {"report_to": trackers(recipe), **device_arguments(recipe)}
-    try:
-        return GRPOConfig(**{**options, **recipe.training, **decided})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from error
-
-
-def check_optimizer(args: GRPOConfig) -> None:
-    """Raise UserError, before anything is computed, for an optimizer or a schedule that could not be made later."""
-    try:
-        cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as error:
-        raise UserError(f"training.optim is {args.optim.value}: {' '.join(str(error).split())}") from error
-    except ValueError:  # of those that need the model
-        cls, options = torch.optim.AdamW, {"lr": args.learning_rate}
-    if cls.__module__.startswith("torch.optim."):
-        try:
-            cls([torch.nn.Parameter(torch.zeros(1))], **options)
-        except ValueError as error:
-            raise UserError(f"training.learning_rate or training.adam_*: {error}.") from error
-    schedule, optimizer = args.lr_scheduler_type, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    try:
-        get_scheduler(schedule, optimizer, 0, 10, args.lr_scheduler_kwargs)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"training.lr_scheduler_type is {schedule.value} with training.lr_scheduler_kwargs "
-            f"{args.lr_scheduler_kwargs}: {' '.join(str(error).split())}"
-        ) from error
-
-
-def lora_config(recipe: Recipe) -> LoraConfig:
-    """LoRA on the base; the blocks are trained in full and kept free of it."""
-    return LoraConfig(
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=recipe.lora.target_modules,
-        modules_to_save=["bridge"] if recipe.bridge is not None else None,
-        task_type="CAUSAL_LM",
-    )
-
-
 def load_prompts(recipe: Recipe, source: DataSource, key: str, tokenizer: Any) -> Dataset:
     problems = load_problems(source, key, recipe.seed)
     return make_prompts(problems, recipe.data, conversational=tokenizer.chat_template is not None)
@@ -390,75 +225,3 @@ def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> Dataset | None:
         return None
     prompts = load_prompts(recipe, recipe.data.eval, "data.eval", tokenizer)
     return prompts.select(range(min(recipe.evaluation.problems, len(prompts))))
-
-
-def evaluation_directory(recipe: Recipe, step: int) -> Path:
-    return Path(recipe.output_dir) / "evaluation" / f"step_{step:06d}"
-
-
-def is_text(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_text() == text
-
-
-def described(recipe: Recipe) -> dict[str, Any]:
-    """What a page says of how an evaluation in a run was made."""
-    assert recipe.data.eval is not None
-    section, rollout = recipe.evaluation, recipe.rollout
-    return {
-        "model": recipe.output_dir,
-        "suite": recipe.data.eval.path,
-        "reward": recipe.rewards[0].function,
-        "prompt": recipe.data.prompt,
-        "temperature": section.temperature,
-        "top_p": section.top_p,
-        "max_new_tokens": section.max_new_tokens or rollout.max_new_tokens,
-        "samples": section.samples,
-        "seed": recipe.seed,
-        "trained_width": rollout.width,
-        "trained_length": rollout.max_new_tokens,
-    }
-
-
-def make_evaluator(
-    recipe: Recipe, eval_set: Dataset, tokenizer: Any, judge: Judge, stop: Stop
-) -> Callable[[BridgeGRPOTrainer], dict[str, float]]:
-    """Evaluation at every width of the recipe, shared out over the ranks, whose samples and results are kept."""
-    rows = eval_set.to_list()
-    made = described(recipe)
-    settings = json.dumps({"problems": digest(rows), **{key: made[key] for key in DECIDES_SAMPLES}})
-
-    def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
-        state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
-        directory = evaluation_directory(recipe, step)
-        # Samples that are there may be of other weights, problems or temperature.
-        kept = trainer.resumed_here and is_text(directory / SETTINGS_FILE, settings)
-        if state.is_local_main_process and not kept:
-            shutil.rmtree(directory, ignore_errors=True)
-        state.wait_for_everyone()
-        if state.is_main_process and not kept:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / SETTINGS_FILE).write_text(settings)
-        store = SampleStore(directory / "samples", state.process_index)
-        with trainer.model_for_sampling() as model:
-            limit = recipe.rollout.max_new_tokens
-            evaluation = plan_evaluation(
-                model, tokenizer, rows, judge, section, limit, recipe.seed, store, cancelled=stop.asked
-            )
-            with Bar("evaluation", num_completions(evaluation.shares())) as bar:
-                evaluation.sample(bar.update)
-            listening = listens(model)
-        stop.give_up_if_asked()
-        metrics: dict[str, float] = {}
-        if state.is_main_process:
-            groups = evaluation.collected()
-            meta = {"step": step, **made, **provenance()}
-            results = analyse(groups, section.widths, listening, meta)
-            print(as_table(results.summaries), flush=True)
-            write_for_readers(directory, rows, groups, tokenizer)
-            write_results(results, directory / "results.json")
-            for summary in results.summaries:
-                values = {metric: summary.metrics[metric].value for metric in names.EVALUATION}
-                metrics |= {names.evaluation(metric, summary.width): value for metric, value in values.items()}
-        return broadcast_object_list([metrics])[0]
-
-    return evaluate

@@ -14,7 +14,7 @@ from bridge_rl.config import ModelSection, Recipe
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_policy, load_tokenizer
 from bridge_rl.plan import make_plan
-from bridge_rl.run import lora_config
+from bridge_rl.run_options import lora_config
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra 'quantized'"

@@ -10,6 +10,7 @@ from conftest import make_bridged, switch_on
 
 import bridge_rl as br
 from bridge_rl.config import ModelSection
+from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.rollout.engine import Rollout
 
@@ -238,3 +239,9 @@ class TestStopStrings:
     def test_they_are_a_list_of_strings(self, stop_strings):
         with pytest.raises(ValueError, match="stop_strings is"):
             br.SamplingParams(4, stop_strings=stop_strings)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 4.0}, {"top_k": 2.5}, {"seed": "3"}])
+def test_counts_and_seeds_are_whole_numbers(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))} is .*: it must be a whole number"):
+        br.SamplingParams(**{"max_new_tokens": 4, **options})

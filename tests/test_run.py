@@ -27,8 +27,8 @@ from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names, results
 from bridge_rl.report.results import provenance
 from bridge_rl.resume import file_of
-from bridge_rl.run import check_same_recipe, deciding_keys, save_recipe
 from bridge_rl.run_checkpoints import MANIFEST, _seal
+from bridge_rl.run_directory import check_same_recipe, deciding_keys, save_recipe
 
 SMALL = [
     "training.max_steps=2",
@@ -269,7 +269,7 @@ def test_lora_and_bridge_only_run_from_the_recipe(tmp_path):
 @pytest.mark.parametrize("train", ["bridge", "full", "lora"])
 def test_a_run_in_the_precision_of_a_gpu(train, tmp_path, monkeypatch):
     """fp32 weights under bf16 autocast, from warm-up to evaluation."""
-    monkeypatch.setattr("bridge_rl.run.device_arguments", lambda recipe: {"bf16": True, "use_cpu": True})
+    monkeypatch.setattr("bridge_rl.run_options.device_arguments", lambda recipe: {"bf16": True, "use_cpu": True})
     main(["train", "recipes/tiny_arith.yaml", *SMALL, f"train={train}", f"output_dir={tmp_path / 'out'}"])
     history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     drift = [abs(entry[names.RECOMPUTE_KL]) for entry in history if "loss" in entry]
@@ -327,7 +327,7 @@ def test_smollm2_takes_three_rlvr_steps(tmp_path):
 
 
 def test_reward_weights_reach_the_trainer():
-    from bridge_rl.run import training_arguments
+    from bridge_rl.run_options import training_arguments
 
     weighted = "rewards=[{function: rewards/two_tries.py:correct, weight: 0.5}]"
     assert training_arguments(load_recipe("recipes/tiny_arith.yaml", [weighted])).reward_weights == [0.5]

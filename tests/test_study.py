@@ -23,7 +23,7 @@ from bridge_rl.config import load_recipe
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.results import Estimate, Summary
 from bridge_rl.report import names
-from bridge_rl.run import save_recipe
+from bridge_rl.run_directory import save_recipe
 from bridge_rl.study import cell as cell_module
 from bridge_rl.study import command
 from bridge_rl.study.cell import evaluation_job, thinned, train_cell, training_seconds
@@ -377,6 +377,16 @@ def test_a_cell_is_expected_to_take_as_long_as_those_most_like_it():
     assert expected_seconds(Cell("b", "bridge", 0, 1e-4), timed) == 15.0  # of another task
     assert expected_seconds(Cell("b", "pmatch", 0, 1e-4), timed) == 7.0  # of the search
     assert expected_seconds(Cell("a", "rlvr", 0, 1e-4), timed) is None
+
+
+def test_a_dry_run_of_a_study_that_is_done_tells_no_hours(study, tmp_path, capsys):
+    path = write_study(tmp_path)
+    write_made_up(study, tmp_path / "results", tmp_path)
+    main(["study", str(path), "--dry-run", "--only", "tiny"])
+    assert capsys.readouterr().out.endswith("12 of 12 cells are done\n")
+    result_path(tmp_path / "results", Cell("tiny", "rlvr", 2, 1e-4)).unlink()
+    main(["study", str(path), "--dry-run", "--only", "tiny"])
+    assert "11 of 12 cells are done; about " in capsys.readouterr().out
 
 
 def test_a_study_may_go_on_from_the_results_of_another(study, tmp_path, capsys):

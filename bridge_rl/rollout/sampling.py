@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -37,6 +38,9 @@ class SamplingParams:
     stop_strings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number.")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
         # Below these the scaled logits overflow, or no token is left, in float32.

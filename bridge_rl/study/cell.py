@@ -29,7 +29,8 @@ from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.plan import check, describe
 from bridge_rl.report import names
 from bridge_rl.report.results import provenance
-from bridge_rl.run import train, warm_up, warmup_directory
+from bridge_rl.run import train, warm_up
+from bridge_rl.run_directory import warmup_directory
 from bridge_rl.study.cells import (
     Cell,
     check_trained,

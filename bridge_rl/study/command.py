@@ -189,9 +189,10 @@ def show(plan: Plan, jobs: int) -> None:
         left += expected or 0.0
         unknown += not done[cell] and expected is None
         print(f"{state_of(plan, cell, done[cell]):8} {cell.place}" + rate_of(plan, cell))
-    print(f"{sum(done.values())} of {len(cells)} cells are done; ", end="")
-    print(f"about {left / jobs / 3600:.1f} hours are left with {jobs} at a time", end="")
-    print(f", and {unknown} cells of a kind that has not been timed" if unknown else "")
+    sentence = f"{sum(done.values())} of {len(cells)} cells are done"
+    if left:
+        sentence += f"; about {left / jobs / 3600:.1f} hours are left with {jobs} at a time"
+    print(sentence + (f", and {unknown} cells of a kind that has not been timed" if unknown else ""))
 
 
 def state_of(plan: Plan, cell: Cell, done: bool) -> str:

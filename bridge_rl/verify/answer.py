@@ -171,9 +171,15 @@ _SIGNS = str.maketrans(
         "\N{EMPTY SET}": r"\emptyset ",
         "\N{DEGREE SIGN}": r"^\circ ",
         "\N{FRACTION SLASH}": "/",
+        "\N{ELEMENT OF}": r"\in ",
+        "\N{ALMOST EQUAL TO}": r"\approx ",
+        "\N{EURO SIGN}": r"\$",
+        "\N{POUND SIGN}": r"\$",
     }
 )
 _POWER = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")  # digits above the line
+_INDEX = re.compile("[\u2080-\u2089]+")  # and below it
+_RELATION = re.compile(r"\A(?:=|\\approx(?![A-Za-z]))\s*(?=\S)")  # in front of an answer, to what came before it
 _ONE_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")  # fractions such as one half
 _ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])))")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
@@ -182,6 +188,11 @@ _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+
 _MIXED = re.compile(r"(?<![\w.,/^}])(\d+)(?:\s|~|\\[,;: ])+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
+# Units without a `\text{}` that math-verify would read as products. One of a single letter may be a variable.
+_UNIT = re.compile(
+    r"(?:(?<=\d)|(?:\s|~|\\[,;: ])+)(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
+    r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL])\Z"
+)
 # Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
 _CHANGES = re.compile(
     r"\b(?:(hundred|thousand|million|billion|trillion|dozen|score|hal[fv]e?|third|quarter)s?"
@@ -201,7 +212,9 @@ def clean(text: str) -> str:
     text = text.strip().translate(_SIGNS).strip("*").strip()
     while (whole := _DELIMITED.fullmatch(text)) is not None:
         text = _inside(whole)
+    text = _RELATION.sub("", text)
     text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0])}}}", text)
+    text = _INDEX.sub(lambda match: f"_{{{normalize('NFKC', match[0])}}}", text)
     text = _ONE_SIGN.sub(_fraction_of_one_sign, text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{next(part for part in match.groups() if part is not None)}}}", text)
     text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
@@ -218,6 +231,7 @@ def clean(text: str) -> str:
         text = text.replace(",", "")
     text = _MIXED.sub(_improper_fraction, text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
+    text = _UNIT.sub("", text)
     if (counted := _COUNTED.fullmatch(text)) and not _NO_UNIT.search(text):
         text = counted[1]
     return text

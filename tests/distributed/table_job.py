@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import bridge_rl.run
+import bridge_rl.run_options
 from bridge_rl import guards
 from bridge_rl.checkpoint import read_config
 from bridge_rl.config import Recipe, load_recipe
-from bridge_rl.run import device_arguments
+from bridge_rl.run_options import device_arguments
 from bridge_rl.surgery import BridgedLayer
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -203,7 +204,7 @@ def configure(way: Way, directory: Path) -> None:
     unset_hf_deepspeed_config()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
-    bridge_rl.run.device_arguments = device_arguments
+    bridge_rl.run_options.device_arguments = device_arguments
     if way.fsdp:
         launched_by_fsdp2()
     if way.config is not None:
@@ -215,7 +216,7 @@ def configure(way: Way, directory: Path) -> None:
 
 def launched_by_fsdp2() -> None:
     """Say what `accelerate launch --config_file launch/accelerate/fsdp2.yaml` would, had it GPUs."""
-    bridge_rl.run.device_arguments = fsdp_on_cpu
+    bridge_rl.run_options.device_arguments = fsdp_on_cpu
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     for key, value in load_config_from_file("launch/accelerate/fsdp2.yaml").fsdp_config.items():
         os.environ[key.upper()] = str(value)

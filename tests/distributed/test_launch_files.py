@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from bridge_rl.config import LaunchSection
 from bridge_rl.errors import STOPPED_CODE, UserError
-from bridge_rl.run import prepare_distributed
+from bridge_rl.run_options import prepare_distributed
 from bridge_rl.safety import check_fsdp
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -56,6 +56,13 @@ RIGHT = [
     (r"\frac{\sqrt{3}}{2}", "\N{SQUARE ROOT}{3}/2"),
     ("12", "12 square units"),
     ("60", r"60 \text{ miles per hour}"),
+    ("36", "36 cm^2"),
+    ("36", r"36\,cm^{2}"),
+    ("36", "36 cm\N{SUPERSCRIPT TWO}"),
+    (r"12\pi", r"12\pi\ cm^3"),
+    ("5", "5 km/h"),
+    ("10", "10 mL"),
+    ("6", "\N{EURO SIGN}6"),
     ("12", "12 times"),
     ("3", "3 more apples"),
     (r"50\%", r"50\text{ percent}"),
@@ -91,6 +98,10 @@ RIGHT = [
     ("2x+1", "y=2x+1"),
     ("5", "2+3=5"),
     ("1.414", r"\sqrt{2}=1.414"),
+    ("5", "= 5"),
+    ("3.14", r"\approx 3.14"),
+    ("3.14", "\N{ALMOST EQUAL TO}3.14"),
+    ("2,3", "x\N{SUBSCRIPT ONE}=2, x\N{SUBSCRIPT TWO}=3"),
     ("x+y=1", "y+x=1"),
     (r"x=1 \text{ or } x=2", "1, 2"),
     # tuples, sets, intervals, matrices
@@ -110,6 +121,7 @@ RIGHT = [
     ("(3,oo)", "x>3"),
     ("[1,2]", r"1\le x\le 2"),
     ("[1,2]", r"x \in [1,2]"),
+    ("[1,2]", "x\N{ELEMENT OF}[1,2]"),
     (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
     (r"\infty", "oo"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
@@ -134,6 +146,12 @@ WRONG = [
     ("42", "-42"),
     ("42", "42.5"),
     ("42", "4\N{SUPERSCRIPT TWO}"),
+    ("42", "4\N{SUBSCRIPT TWO}"),
+    ("3.14", r"\approx 3.15"),
+    ("36", "36x^2"),
+    ("36", "36 abcm^2"),
+    ("36", "35 cm^2"),
+    ("5", "5 a/h"),
     ("3/2", "2 1/2"),
     ("2 1/2", "3/2"),
     ("1e-8", "2e-8"),
@@ -214,6 +232,7 @@ WRONG = [
 
 KNOWN_LIMITS = [
     # right and refused
+    ("36", "36 m^2", False),  # `m` may be a variable
     (r"(-\infty,2)\cup(3,\infty)", r"x<2 \text{ or } x>3", False),
     (r"\ln 2", r"\log 2", False),
     (r"5\text{ million}", "5000000", False),
