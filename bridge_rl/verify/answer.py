@@ -188,9 +188,10 @@ _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+
 _MIXED = re.compile(r"(?<![\w.,/^}])(\d+)(?:\s|~|\\[,;: ])+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
-# Units without a `\text{}` that math-verify would read as products. One of a single letter may be a variable.
+# Units without a `\text{}` that math-verify would read as products. A single letter may be a variable.
 _UNIT = re.compile(
-    r"(?:(?<=\d)|(?:\s|~|\\[,;: ])+)(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
+    r"(?:(?<=[\d}])|(?<=\\pi))(?:\s|~|\\[,;: ])*"
+    r"(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
     r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL])\Z"
 )
 # Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
