@@ -1,6 +1,7 @@
 """How a command ends otherwise than well: a user's mistake, the machine's, or an end before its time, all saved."""
 
 import errno
+from numbers import Integral
 
 STOPPED_CODE = 85  # Linux's ERESTART: nothing failed, start the same command again
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,3 +42,9 @@ def fault_of_disk(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in CLOSED and error.filename is not None:
         return f"{error.filename} cannot be read or written ({what}): change its permissions, or name another."
     return None
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise UserError for what is no number of `kind`, such as a text or None."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} is {value!r}: it must be a {'whole ' if issubclass(kind, Integral) else ''}number.")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from bridge_rl.cli import run_command
 from bridge_rl.config import ModelSection
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, check_kind
 from bridge_rl.evaluation.run import eos_ids, group_index
 from bridge_rl.models import load_model, load_tokenizer, model_config
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
@@ -84,12 +84,6 @@ def split_requests(requests: Sequence[Instance], width: int | None) -> list[Grou
             groups.append(GroupRequest(context, settings, wide, group_index(request.doc_id, number)))
         place += repeats
     return groups
-
-
-def check_kind(name: str, value: Any, kind: type) -> None:
-    """Raise UserError for a text or None, as lm_eval's command line makes of what is no number."""
-    if not isinstance(value, kind):
-        raise UserError(f"{name} is {value!r}: it must be a {'whole ' if kind is int else ''}number.")
 
 
 @register_model("bridge")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, check_kind
 from bridge_rl.group import merge_rows
 
 LEAST_TEMPERATURE = 0.01  # of draws; the next is 0, greedy
@@ -39,8 +39,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "seed"):
-            if not isinstance(getattr(self, name), Integral):
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number.")
+            check_kind(name, getattr(self, name), Integral)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
         # Below these the scaled logits overflow, or no token is left, in float32.

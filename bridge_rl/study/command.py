@@ -189,10 +189,12 @@ def show(plan: Plan, jobs: int) -> None:
         left += expected or 0.0
         unknown += not done[cell] and expected is None
         print(f"{state_of(plan, cell, done[cell]):8} {cell.place}" + rate_of(plan, cell))
-    sentence = f"{sum(done.values())} of {len(cells)} cells are done"
+    sentences = [f"{sum(done.values())} of {len(cells)} cells are done"]
     if left:
-        sentence += f"; about {left / jobs / 3600:.1f} hours are left with {jobs} at a time"
-    print(sentence + (f", and {unknown} cells of a kind that has not been timed" if unknown else ""))
+        sentences.append(f"about {left / jobs / 3600:.1f} hours are left with {jobs} at a time")
+    if unknown:
+        sentences.append(f"{unknown} open cells are of a kind that has not been timed")
+    print("; ".join(sentences))
 
 
 def state_of(plan: Plan, cell: Cell, done: bool) -> str:

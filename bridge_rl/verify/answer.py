@@ -185,12 +185,13 @@ _ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+(?:\.\d+
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
-_MIXED = re.compile(r"(?<![\w.,/^}])(\d+)(?:\s|~|\\[,;: ])+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
+_GAP = r"(?:\s|~|\\[,;: ])"
+_MIXED = re.compile(rf"(?<![\w.,/^}}])(\d+){_GAP}+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
 # Units without a `\text{}` that math-verify would read as products. A single letter may be a variable.
 _UNIT = re.compile(
-    r"(?:(?<=[\d}])|(?<=\\pi))(?:\s|~|\\[,;: ])*"
+    rf"(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*"
     r"(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
     r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL])\Z"
 )
