@@ -7,7 +7,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
-#SBATCH --output=runs/slurm-%j.log
+#SBATCH --output=slurm-%j.log
 # sbatch launch/slurm.sh recipes/r1_distill_7b.yaml [key=value ...], or on two nodes that both see output_dir:
 # sbatch --nodes=2 launch/slurm.sh recipes/r1_distill_7b.yaml launch.num_processes=16
 # The warm-up runs without ZeRO and is skipped when OUTPUT/warmup is there already.
