@@ -78,6 +78,28 @@ def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = Fa
     write_config(model, directory)
 
 
+def other_model(directory: Path, train: str, has_bridge: bool) -> str | None:
+    """Why a run of this kind cannot save into `directory`: a file in it belongs to another kind, and would be read."""
+    kept = {WEIGHTS_FILE: train == "bridge", "adapter_config.json": train == "lora", CONFIG_FILE: has_bridge}
+    for name, of_this_kind in kept.items():
+        if not of_this_kind and (directory / name).is_file():
+            return (
+                f"output_dir: {directory} holds a model that was trained in another way ({name}), which would be read "
+                f"instead of that of train={train}: set another output_dir, or delete the directory."
+            )
+    return None
+
+
+def check_same_base(model: nn.Module, directory: Path) -> None:
+    """Raise UserError if what is in `directory` was trained on other base weights than those of `model`."""
+    state, before = find_state(model), read_config(directory)["base_fingerprint"]
+    if state.fingerprint != before and not state.fingerprint.startswith("meta:"):  # as of a rank that FSDP fills later
+        raise UserError(
+            f"{directory} was trained on other weights of the base {state.base_name} (fingerprint {before}, now "
+            f"{state.fingerprint}): put those back, or set another output_dir."
+        )
+
+
 def save_blocks(state_dict: dict[str, Tensor], directory: Path) -> None:
     """Write the blocks among `state_dict` to `bridge.safetensors`."""
     blocks = {name: tensor.cpu().contiguous() for name, tensor in state_dict.items() if ".bridge." in name}

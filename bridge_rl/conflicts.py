@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from trl import GRPOConfig
 
 from bridge_rl import safety
-from bridge_rl.checkpoint import is_bridge_checkpoint, read_config
+from bridge_rl.checkpoint import is_bridge_checkpoint, other_model, read_config
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import check_path
 from bridge_rl.errors import UserError
@@ -111,6 +111,8 @@ def find_conflicts(recipe: Recipe, config: PreTrainedConfig, batches: "Batches",
     yield from metric_conflicts(recipe)
     yield from part_conflicts(recipe.training, config, recipe.update)
     yield from checkpoint_conflicts(recipe)
+    if conflict := other_model(Path(recipe.output_dir), recipe.train, recipe.bridge is not None):
+        yield conflict
     yield from mode_conflicts(recipe, tied)
     yield from quantization_conflicts(recipe)
     yield from position_conflicts(recipe, config)

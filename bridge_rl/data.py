@@ -16,6 +16,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from jinja2 import TemplateError
 
 from bridge_rl.config import DataSection, DataSource
 from bridge_rl.errors import UserError, first_line
@@ -33,6 +34,8 @@ GIVEN_TO_REWARDS = {
     "log_extra",
     "log_metric",
 }
+# Columns that TRL takes for something else: pictures for the model, or completions of its own.
+TAKEN_BY_TRL = {"prompt", "completion", "image", "images"}
 # Whatever keeps a request from being answered: httpx's error, or httpx2's, as huggingface_hub goes.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -127,10 +130,10 @@ def _other_columns(row: dict[str, Any], source: DataSource, key: str) -> dict[st
     """Raises UserError for a name under which prompts and rewards get something else."""
     taken = {source.problem_column, source.answer_column, "problem", "answer"}
     others = {column: value for column, value in row.items() if column not in taken}
-    if double := sorted(others.keys() & {"prompt", *GIVEN_TO_REWARDS}):
+    if double := sorted(others.keys() & (TAKEN_BY_TRL | GIVEN_TO_REWARDS)):
         raise UserError(
             f"{key}.path: the rows of {source.path} have a column '{double[0]}', which the recipe or the trainer "
-            "gives: name it otherwise."
+            "gives or takes for something else: name it otherwise."
         )
     return others
 
@@ -286,9 +289,12 @@ def _readable(problems: list[dict[str, Any]], order: list[int], source: DataSour
     return kept
 
 
-def make_prompts(problems: list[dict[str, Any]], section: DataSection, conversational: bool) -> Dataset:
-    """A data set with `prompt`, `problem` and `answer`; `prompt` is a chat, or text for a base without a template."""
-    rows = []
+def make_prompts(problems: list[dict[str, Any]], section: DataSection, tokenizer: Any) -> Dataset:
+    """A data set with `prompt`, `problem` and `answer`; `prompt` is a chat, or text for a base without a template.
+
+    Raises UserError where the template refuses such a chat.
+    """
+    rows, conversational = [], tokenizer.chat_template is not None
     for row in problems:
         text = section.prompt.replace("{problem}", row["problem"])
         prompt: Any = text if section.system_prompt is None else f"{section.system_prompt}\n\n{text}"
@@ -296,6 +302,13 @@ def make_prompts(problems: list[dict[str, Any]], section: DataSection, conversat
             system = [{"role": "system", "content": section.system_prompt}] if section.system_prompt else []
             prompt = [*system, {"role": "user", "content": text}]
         rows.append({"prompt": prompt, **row})
+    try:
+        prompt_tokens(tokenizer, [rows[0]["prompt"]])
+    except TemplateError as error:  # some know no system prompt
+        raise UserError(
+            f"data.system_prompt: the model's chat template refuses the chat of a prompt ({first_line(error)}): leave "
+            "the system prompt out, and write its text into the prompt."
+        ) from error
     # Not `from_list`, which leaves out what the first row does not have.
     return Dataset.from_dict({column: [row.get(column) for row in rows] for column in column_names(rows)})
 

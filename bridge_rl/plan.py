@@ -80,7 +80,7 @@ def longest_prompt(recipe: Recipe) -> int | None:
     tokenizer = load_tokenizer(recipe.model)
     problems = load_problems(replace(source, check_answers=False), "data.train", recipe.seed)
     longest = sorted(problems, key=lambda row: len(row["problem"]), reverse=True)[:LONGEST_READ]
-    prompts = make_prompts(longest, recipe.data, conversational=tokenizer.chat_template is not None)
+    prompts = make_prompts(longest, recipe.data, tokenizer)
     return max(map(len, prompt_tokens(tokenizer, list(prompts["prompt"]))))
 
 

@@ -23,6 +23,7 @@ OF_TRAINER = (
     "_step",
     "_sampled_at",
     "_total_loss_scalar",
+    "_initial_global_step",
     "_globalstep_last_logged",
     "_current_train_step_time",
     "current_flos",
@@ -31,13 +32,15 @@ OF_TRAINER = (
     "_entropy_window_stats",
 )
 OF_STATE = ("num_input_tokens_seen", "total_flos")
+# What a generation batch is made of.
+OF_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
 
 
 def capture(trainer: "BridgeGRPOTrainer") -> dict[str, Any]:
     """This rank's place in its generation batch, and what it has measured and not logged yet."""
     args = trainer.args
     return {
-        "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, trainer._generate_every],
+        "batch": [getattr(args, name) for name in OF_BATCH],
         "buffered_inputs": trainer._buffered_inputs,
         "trainer": {name: getattr(trainer, name) for name in OF_TRAINER},
         "state": {name: getattr(trainer.state, name) for name in OF_STATE},
@@ -64,8 +67,8 @@ def restore(trainer: "BridgeGRPOTrainer", saved: dict[str, Any]) -> None:
         )
     if saved["batch"] != now["batch"]:
         raise UserError(
-            f"training: rows, accumulation and updates of a generation batch are {now['batch']}, and in the checkpoint "
-            f"{saved['batch']}, in the middle of one: set them back, or another output_dir."
+            f"training: {', '.join(OF_BATCH)} are {now['batch']}, and in the checkpoint {saved['batch']}, perhaps in "
+            "the middle of a generation batch: set them back, or another output_dir."
         )
     waiting = saved["buffered_inputs"]
     if waiting and trainer.beta != 0.0 and "ref_per_token_logps" not in waiting[0]:
@@ -136,14 +139,18 @@ class Resume(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(capture(self.trainer), file_of(folder, self.trainer.args.process_index))
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """After transformers has loaded its part and set its counters to zero."""
         if self.checkpoint is not None:
+            state.compute_steps(args, state.max_steps)  # those of before came with the checkpoint
             path = file_of(self.checkpoint, self.trainer.args.process_index)
             # In two steps: torch does not load to the device `cpu:0`, which accelerate gives a rank.
             saved = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.trainer.args.device)
             restore(self.trainer, saved)
-            if saved["evaluation_due"]:  # with all that transformers does behind one; the checkpoint is there already
+            at_start = state.global_step == 0 and args.eval_on_start  # transformers evaluates next
+            if (
+                saved["evaluation_due"] and not at_start
+            ):  # with all that transformers does behind one; the checkpoint is there already
                 metrics = self.trainer._evaluate(None, None)
                 self.trainer._determine_best_metric(metrics, None)
 

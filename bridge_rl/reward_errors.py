@@ -1,4 +1,4 @@
-"""A user's reward that fails in the middle of a run: what it says, and how all ranks learn of it."""
+"""A user's reward, or a rollout, that fails in the middle of a run: what it says, and how all ranks learn of it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from bridge_rl.errors import UserError
 SECONDS_FOR_ROW = 10.0  # for rows that are tried one by one, which may each ask a service
 
 
-class RewardFailed(UserError):  # noqa: N818
-    """Raised on all ranks at once when a reward has failed on one, so that they can save together."""
+class RankFailed(UserError):  # noqa: N818
+    """Raised on all ranks at once when a reward or a rollout has failed on one, so that they can save together."""
 
 
 def agreed(reward: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +29,7 @@ def agreed(reward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails for the user inside on one rank raises RewardFailed on all, once each has come to the end of it."""
+    """What fails for the user inside on one rank raises RankFailed on all, once each has come to the end of it."""
     problem = None
     try:
         yield
@@ -37,11 +37,11 @@ def together() -> Iterator[None]:
         problem = str(error)
     found = [text for text in gather_object([problem]) if text is not None]
     if found:
-        raise RewardFailed(found[0])
+        raise RankFailed(found[0])
 
 
 def check_columns(columns: dict[str, list[Any]], rows: int) -> None:
-    """Raise RewardFailed, on all ranks, where rewards have not logged one value for each completion on one."""
+    """Raise RankFailed, on all ranks, where rewards have not logged one value for each completion on one."""
     with together():
         for name, values in sorted(columns.items()):
             if len(values) != rows:

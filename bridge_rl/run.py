@@ -10,7 +10,14 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from bridge_rl.checkpoint import WEIGHTS_FILE, is_bridge_checkpoint, load_blocks, read_blocks, save_bridge
+from bridge_rl.checkpoint import (
+    WEIGHTS_FILE,
+    check_same_base,
+    is_bridge_checkpoint,
+    load_blocks,
+    read_blocks,
+    save_bridge,
+)
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import load_problems, make_prompts
 from bridge_rl.errors import Stopped, UserError
@@ -27,7 +34,7 @@ from bridge_rl.models import (
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.tracking import start_tracking
-from bridge_rl.reward_errors import agreed
+from bridge_rl.reward_errors import agreed, together
 from bridge_rl.rollout import RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.run_checkpoints import checkpoint_to_resume
@@ -70,9 +77,6 @@ def train(recipe: Recipe) -> dict[str, float]:
     checkpoint = checkpoint_to_resume(recipe.resume, output)
     if checkpoint is not None:
         check_same_recipe(recipe, checkpoint.parent, deciding_keys(recipe))
-    if recipe.warmup is not None:
-        warm_up(recipe)
-    start_tracking(recipe, resumed=checkpoint is not None)
     tokenizer = load_tokenizer(recipe.model)
     rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
     judge = Judge(rewards[0], load_final_answer(recipe.rewards[0]))
@@ -83,10 +87,18 @@ def train(recipe: Recipe) -> dict[str, float]:
             f"{args.num_generations} generations of one generation batch: add problems or lower the batch."
         )
     eval_set = load_eval_prompts(recipe, tokenizer)
+    if recipe.warmup is not None:
+        warm_up(recipe)
+    start_tracking(recipe, resumed=checkpoint is not None)
     model = load_policy(recipe)
+    made_before = [] if checkpoint is None or recipe.bridge is None else [checkpoint]
     if recipe.warmup is not None:
         directory = warmup_directory(recipe)
+        made_before.append(directory)
         load_blocks(model, read_blocks(directory / WEIGHTS_FILE), directory)
+    with together():
+        for directory in made_before:
+            check_same_base(model, directory)
 
     stop = Stop(recipe.save_before_seconds)
     try:
@@ -216,7 +228,7 @@ def warmup_groups(recipe: Recipe, model: Any, tokenizer: Any, judge: Judge, stop
 
 def load_prompts(recipe: Recipe, source: DataSource, key: str, tokenizer: Any) -> Dataset:
     problems = load_problems(source, key, recipe.seed)
-    return make_prompts(problems, recipe.data, conversational=tokenizer.chat_template is not None)
+    return make_prompts(problems, recipe.data, tokenizer)
 
 
 def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> Dataset | None:

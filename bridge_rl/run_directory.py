@@ -16,7 +16,11 @@ OF_ROLLOUT = ("width", "num_generations", "max_new_tokens", "temperature", "mask
 DECIDES_RUN = (
     *PROBLEMS,
     "train",
-    "training.optim",
+    # A checkpoint's optimizer has its own: another value in the recipe would be passed over.
+    *(
+        f"training.{key}"
+        for key in ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    ),
     *(f"rollout.{key}" for key in OF_ROLLOUT),
 )  # not memory, which changes no token
 

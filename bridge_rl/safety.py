@@ -40,6 +40,11 @@ _UNSAFE: tuple[tuple[str, Any, str], ...] = (
     ("save_only_model", False, "no run could go on exactly from such a checkpoint: leave it off"),
     ("enable_jit_checkpoint", False, "SIGTERM saves by itself: leave it off"),
     ("save_on_each_node", False, "all ranks write into one directory: leave it off, and let the nodes share it"),
+    (
+        "dataloader_persistent_workers",
+        False,
+        "a resumed run would draw other numbers than one without a break: leave it off",
+    ),
     ("remove_unused_columns", False, "rewards read the other columns of the data: leave it off"),
     ("ignore_data_skip", False, "a run that goes on would see problems again: leave it off"),
     ("auto_find_batch_size", False, "a smaller batch found at run time may split groups: set the batch size yourself"),
@@ -61,8 +66,8 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
             yield "training.accelerator_config.split_batches is on: it cuts batches inside groups, leave it off."
         if chosen.get("dispatch_batches"):
             yield "training.accelerator_config.dispatch_batches is on: a batch is no tensors yet, leave it off."
-    if options.get("dataloader_persistent_workers") and not options.get("dataloader_num_workers"):
-        yield "training.dataloader_persistent_workers is on without training.dataloader_num_workers: set both or none."
+    if options.get("dataloader_multiprocessing_context") and not options.get("dataloader_num_workers"):
+        yield "training.dataloader_multiprocessing_context is set without training.dataloader_num_workers: set both."
     if options.get("fsdp"):
         yield "training.fsdp is set: leave it out, and launch with --config_file launch/accelerate/fsdp2.yaml."
     if options.get("push_to_hub") and options.get("hub_strategy", "every_save") != "end":

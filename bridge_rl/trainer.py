@@ -23,7 +23,15 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 from bridge_rl import run_checkpoints
-from bridge_rl.checkpoint import CARD, WEIGHTS_FILE, load_blocks, read_blocks, save_blocks, write_config
+from bridge_rl.checkpoint import (
+    CARD,
+    WEIGHTS_FILE,
+    load_blocks,
+    other_model,
+    read_blocks,
+    save_blocks,
+    write_config,
+)
 from bridge_rl.config import DynamicSampling, GuardsSection, UpdateSection
 from bridge_rl.dynamic_sampling import DynamicSampler, Sampled, local_rows, total_rewards
 from bridge_rl.errors import Stopped, UserError
@@ -35,7 +43,7 @@ from bridge_rl.models import uses_fsdp
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
-from bridge_rl.reward_errors import RewardFailed, check_columns, told_apart
+from bridge_rl.reward_errors import RankFailed, check_columns, told_apart
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
@@ -145,6 +153,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self.generation = GenerationMeter()
         self.groups_before = 0  # over all ranks, those that were sampled before for the same generation batch
         self._ready: Sampled | None = None
+        if problem := other_model(Path(args.output_dir), train, has_bridge(model)):
+            raise UserError(problem)
         if has_bridge(model):
             find_state(model).width = width
         if train == "bridge":
@@ -380,7 +390,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
                 raise GivenUp
             metrics = self.evaluator(self)
             self.log(dict(metrics))
-        except (GivenUp, RewardFailed) as why:
+        except (GivenUp, RankFailed) as why:
             self._save_checkpoint(self.model_wrapped, None)
             raise self._stopped() if isinstance(why, GivenUp) else self._to_mend(why) from why
         finally:
@@ -452,12 +462,12 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """TRL's, from a checkpoint or the start. Raises Stopped, with everything saved, when `stop` has ended it, and
-        UserError, likewise, when a reward has failed or a guard forbids an update."""
+        UserError, likewise, when a reward or a rollout has failed or a guard forbids an update."""
         self._resume.checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         result = None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except (GivenUp, RewardFailed, Halted) as why:  # in a rollout, behind it, or before an update
+        except (GivenUp, RankFailed, Halted) as why:  # in a rollout, behind it, or before an update
             self._resume.rewind()
             self._save_checkpoint(self.model_wrapped, None)
             if not isinstance(why, GivenUp):

@@ -1,9 +1,11 @@
 """The rollout of a training batch as TRL asks for it: whole groups, sampled in lockstep by the module in training."""
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from bridge_rl.group import prompts_of_groups, repeat_for_rows
+from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
 def lockstep_rollout(prompts: list[Any], trainer: "BridgeGRPOTrainer") -> dict[str, list[Any]]:
     """TRL's `rollout_func`: one completion a row for this rank's prompts, which come repeated `num_generations` times.
 
-    Raises ValueError if the rows of a group do not share a prompt.
+    Raises ValueError if the rows of a group do not share a prompt, and RankFailed on all ranks for a prompt that one
+    cannot serve.
     """
     start = time.perf_counter()
     prompt_ids = trainer._tokenize_prompts(prompts)[0]
@@ -27,8 +30,10 @@ def lockstep_rollout(prompts: list[Any], trainer: "BridgeGRPOTrainer") -> dict[s
         eos_token_id=trainer.eos_token_ids,
     )
     with trainer.model_for_sampling() as model:
-        rollout = Rollout(model, per_group, trainer.width, params, indices, options=trainer.rollout_options)
-        groups = rollout.run()
+        with together():  # a prompt that cannot be served may be one rank's alone
+            rollout = Rollout(model, per_group, trainer.width, params, indices, options=trainer.rollout_options)
+        with nullcontext() if rollout.ranks.together else together():
+            groups = rollout.run()
     if trainer.stop is not None:
         trainer.stop.give_up_if_asked()
 

@@ -103,7 +103,7 @@ def sample_warmup_groups(
 ) -> None:
     """`samples` completions of each problem of this rank's share that `store` does not hold, until `cancelled`.
 
-    Returns on all ranks at once, or raises RewardFailed on all, with what was judged before in `store`.
+    Returns on all ranks at once, or raises RankFailed on all, with what was judged before in `store`.
     """
     state = PartialState()
     options = RolloutOptions(max_rows=max_rows, cancelled=cancelled)

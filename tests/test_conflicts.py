@@ -46,6 +46,7 @@ UNSAFE = {
     "ignore_data_skip": True,
     "auto_find_batch_size": True,
     "load_best_model_at_end": True,
+    "dataloader_persistent_workers": True,
 }
 
 
@@ -104,7 +105,7 @@ def test_cutting_groups_is_a_conflict():
         (["training.vllm_gpu_memory_utilization=0.5"], "vllm_gpu_memory_utilization has no effect"),
         (["training.activation_checkpointing=false"], "use training.gradient_checkpointing"),
         (["training.accelerator_config={dispatch_batches: true}"], "dispatch_batches is on"),
-        (["training.dataloader_persistent_workers=true"], "without training.dataloader_num_workers"),
+        (["training.dataloader_multiprocessing_context=fork"], "without training.dataloader_num_workers"),
         (["update.token_budget=999", "training.entropy_coef=0.1"], "token_budget is set with training.entropy_coef"),
         (["update.token_budget=999", "training.use_adaptive_entropy=true"], "set with training.use_adaptive_entropy"),
         (["train=lora", "training.cast_lm_head_to_fp32=true"], "TRL cannot where the embedding is the head"),

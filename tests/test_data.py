@@ -7,12 +7,20 @@ import pyarrow.parquet
 import pytest
 
 from bridge_rl.config import DataSection, DataSource, ModelSection
-from bridge_rl.data import load_problems, make_prompts, prompt_tokens
+from bridge_rl.data import GIVEN_TO_REWARDS, TAKEN_BY_TRL, load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_tokenizer
 from bridge_rl.tiny.task import dataset
 
+TOKENIZER = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
 ROWS = [{"problem": f"{n}+{n}", "answer": str(2 * n)} for n in range(10)]
+
+
+def of_a_base():
+    """A tokenizer without a chat template."""
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 def jsonl(path, rows):
@@ -72,7 +80,7 @@ def rows_of_two_kinds():
 
 
 def test_a_column_that_only_later_rows_have_reaches_the_reward():
-    prompts = make_prompts(load("test_data:rows_of_two_kinds"), DataSection(DataSource("")), conversational=False)
+    prompts = make_prompts(load("test_data:rows_of_two_kinds"), DataSection(DataSource("")), of_a_base())
     assert prompts["level"] == [None, 3]
 
 
@@ -82,9 +90,9 @@ def rows_with(column):
 
 @pytest.mark.parametrize(
     "column",
-    ["prompt", "prompts", "completions", "completion_ids", "group_index", "log_extra", "log_metric", "trainer_state"],
+    [*GIVEN_TO_REWARDS, *TAKEN_BY_TRL],
 )
-def test_a_column_called_as_what_the_trainer_makes_is_refused(column):
+def test_a_column_called_as_what_the_trainer_makes_or_reads_is_refused(column):
     with pytest.raises(UserError, match=rf"data.train.path: the rows of test_data:rows_with have a column '{column}'"):
         load("test_data:rows_with", kwargs={"column": column})
 
@@ -194,30 +202,39 @@ def section(**options) -> DataSection:
 
 
 def test_prompts_keep_problem_and_answer_for_the_rewards():
-    made = make_prompts(ROWS[:2], section(), conversational=False)
+    made = make_prompts(ROWS[:2], section(), of_a_base())
     assert made.to_list() == [{"prompt": row["problem"], **row} for row in ROWS[:2]]
 
 
 def test_the_problem_goes_where_the_template_says():
     # Braces in a problem or a template are no format fields.
     rows = [{"problem": r"{x} of \boxed{}", "answer": "1"}]
-    [row] = make_prompts(rows, section(prompt=r"Q: {problem} In \boxed{}."), conversational=False).to_list()
+    [row] = make_prompts(rows, section(prompt=r"Q: {problem} In \boxed{}."), of_a_base()).to_list()
     assert row["prompt"] == r"Q: {x} of \boxed{} In \boxed{}."
 
 
 def test_a_chat_has_the_system_prompt_first():
-    [row] = make_prompts(ROWS[1:2], section(system_prompt="Be brief."), conversational=True).to_list()
+    [row] = make_prompts(ROWS[1:2], section(system_prompt="Be brief."), TOKENIZER).to_list()
     assert row["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}]
 
 
 def test_a_chat_without_a_system_prompt_is_one_turn():
-    [row] = make_prompts(ROWS[1:2], section(), conversational=True).to_list()
+    [row] = make_prompts(ROWS[1:2], section(), TOKENIZER).to_list()
     assert row["prompt"] == [{"role": "user", "content": "1+1"}]
 
 
 def test_a_base_without_a_chat_template_reads_the_system_prompt_as_text():
-    [row] = make_prompts(ROWS[1:2], section(system_prompt="Be brief."), conversational=False).to_list()
+    [row] = make_prompts(ROWS[1:2], section(system_prompt="Be brief."), of_a_base()).to_list()
     assert row["prompt"] == "Be brief.\n\n1+1"
+
+
+def test_a_chat_template_that_knows_no_system_prompt_refuses_it_in_a_sentence():
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('Only user roles') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    assert len(make_prompts(ROWS[:2], section(), tokenizer)) == 2
+    with pytest.raises(UserError, match=r"data.system_prompt: .* refuses the chat of a prompt \(Only user roles\)"):
+        make_prompts(ROWS[:2], section(system_prompt="Be brief."), tokenizer)
 
 
 def test_a_template_that_has_no_place_for_the_problem_is_refused():

@@ -15,6 +15,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from safetensors.torch import load_file, save_file
 
 import bridge_rl as br
 from bridge_rl import run
@@ -122,6 +123,9 @@ def test_another_recipe_does_not_take_up_the_warmup(finished, capsys):
     [
         ([], ["rollout.width=8"], "rollout.width"),
         ([], ["training.optim=sgd"], "training.optim"),
+        ([], ["training.learning_rate=1e-6"], "training.learning_rate"),
+        ([], ["training.weight_decay=0.5"], "training.weight_decay"),
+        ([], ["training.adam_beta2=0.95"], "training.adam_beta2"),
         (["train=lora"], ["train=lora", "lora.alpha=8"], "lora"),
         ([], ["lora.alpha=8"], None),  # which is not trained
         ([], ["rollout.max_rows=64", "rollout.max_cache_tokens=9000"], None),  # which is what memory asks for
@@ -337,6 +341,38 @@ def test_too_few_problems_for_one_batch_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "recipes/tiny_arith.yaml", f"output_dir={tmp_path}", "warmup=null", "data.train.size=3"])
     assert "data.train: 3 problems are fewer than" in capsys.readouterr().err
+
+
+def test_data_are_read_before_the_warm_up(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "recipes/tiny_arith.yaml", f"output_dir={tmp_path}", "data.train.size=3"])
+    assert "data.train: 3 problems are fewer than" in capsys.readouterr().err
+    assert not (tmp_path / "warmup").exists()
+
+
+def test_a_model_of_another_kind_in_the_directory_is_a_conflict(finished, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={finished}", "bridge=null", "warmup=null"])
+    assert f"{finished} holds a model that was trained in another way (bridge_config.json)" in capsys.readouterr().err
+
+
+def test_blocks_are_not_put_into_a_base_that_has_changed_since(tmp_path, capsys):
+    """A base that is trained again where it lies has the same recipe."""
+    base = tmp_path / "base"
+    shutil.copytree("bridge_rl/tiny/model", base)
+    options = [*SMALL, f"model.path={base}", f"output_dir={tmp_path / 'out'}", "data.eval=null"]
+    options += ["training.save_strategy=steps", "training.save_steps=1"]
+    main(["train", "recipes/tiny_arith.yaml", *options])
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    for of_warmup in (False, True):
+        if of_warmup:
+            for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        with pytest.raises(SystemExit):
+            main(["train", "recipes/tiny_arith.yaml", *options])
+        source = tmp_path / "out" / ("warmup" if of_warmup else "checkpoint-2")
+        assert f"error: {source} was trained on other weights of the base {base}" in capsys.readouterr().err
 
 
 def test_overrides_may_follow_an_option(capsys):

@@ -13,11 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bridge_rl.config import DataSection, DataSource, load_recipe
+from bridge_rl.config import DataSection, DataSource, ModelSection, load_recipe
 from bridge_rl.data import hub_commit, make_prompts
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import COLLECTIONS, SUITES, Suite, expand, load_suite
-from bridge_rl.models import load_final_answer, load_reward
+from bridge_rl.models import load_final_answer, load_reward, load_tokenizer
 from bridge_rl.study.config import load_study
 
 HUB = {name: suite for name, suite in SUITES.items() if "/" in suite.source.path}
@@ -251,10 +251,11 @@ def test_a_generator_is_seeded_and_its_rows_keep_what_the_reward_needs():
     assert suite.name == "rg_countdown_4"
     assert rows == gym("rg:countdown:4")[1] == gym("rg:countdown:4:11")[1]
     assert rows != gym("rg:countdown:4:12")[1]
-    made = make_prompts(rows, DataSection(suite.source, prompt=suite.prompt), conversational=False).to_list()
+    tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
+    made = make_prompts(rows, DataSection(suite.source, prompt=suite.prompt), tokenizer).to_list()
     assert made[0]["task"] == "countdown"
     assert json.loads(made[0]["entry"])["metadata"]["numbers"]
-    assert made[0]["prompt"].startswith(rows[0]["problem"])
+    assert made[0]["prompt"][0]["content"].startswith(rows[0]["problem"])
 
 
 def test_countdown_accepts_any_right_expression_and_no_other():

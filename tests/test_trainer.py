@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import bridge_rl as br
 from bridge_rl.config import ModelSection, UpdateSection
+from bridge_rl.errors import UserError
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.resume import checkpoint_bytes
@@ -347,6 +348,46 @@ def test_a_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path, train, st
     expected = dict(whole.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+    assert resumed.state.log_history[-1]["train_loss"] == whole.state.log_history[-1]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "iterations"), [(4, 1), (1, 4)]
+)  # a batch serves as many updates, which are of other rows
+def test_a_generation_batch_that_is_cut_otherwise_is_refused(tokenizer, tmp_path, steps, iterations):
+    options = {"per_device_train_batch_size": 16, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tokenizer, tmp_path, steps_per_generation=2, num_iterations=2, **options).train()
+    other = make_trainer(tokenizer, tmp_path, steps_per_generation=steps, num_iterations=iterations, **options)
+    with pytest.raises(UserError, match=rf"\[16, 1, {steps}, {iterations}\], and in the checkpoint \[16, 1, 2, 2\]"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_resumed_run_logs_saves_and_evaluates_as_often_as_it_is_told_now(tokenizer, tmp_path):
+    options = {"save_strategy": "steps", "lr_scheduler_type": "constant"}
+    make_trainer(tokenizer, tmp_path, max_steps=2, save_steps=2, **options).train()
+    resumed = make_trainer(tokenizer, tmp_path, max_steps=6, save_steps=3, **{**options, "logging_steps": 2})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 4, 6]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (2, 3, 6)}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "file"),
+    [
+        ("bridge", "full", "bridge.safetensors"),
+        ("bridge", "lora", "bridge.safetensors"),
+        ("lora", "full", "adapter_config.json"),
+    ],
+)
+def test_a_directory_with_a_model_that_would_be_read_instead_is_refused(tokenizer, tmp_path, before, now, file):
+    def make(train):
+        return make_trainer(tokenizer, tmp_path, train=train, peft=LoraConfig() if train == "lora" else None)
+
+    trainer = make(before)
+    trainer.save_model(str(tmp_path))
+    make(before)
+    with pytest.raises(UserError, match=rf"output_dir: .* holds a model that was trained in another way \({file}\)"):
+        make(now)
 
 
 @pytest.mark.parametrize("train", ["bridge", "lora", "full"])

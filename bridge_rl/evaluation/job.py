@@ -187,7 +187,7 @@ def make_job(
         checked = reward.function == MATH_REWARD
         suite = replace(suite, source=replace(suite.source, check_answers=checked))
     problems = load_suite(suite, "--suite", args.seed)[: args.problems]
-    rows = make_prompts(problems, data, conversational=tokenizer.chat_template is not None).to_list()
+    rows = make_prompts(problems, data, tokenizer).to_list()
     trained_length = trained.rollout.max_new_tokens if trained else None
     limits = lengths_below(limit, trained_length) if lengths is None else lengths
     if max(limits) > limit:

@@ -245,7 +245,7 @@ class Evaluation:
     def sample(self, progress: Callable[[int], object]) -> None:
         """In every sweep, be it nothing: ranks that hold shards of a model must call equally often.
 
-        Returns on all ranks at once, or raises RewardFailed on all, with what was judged before on disk.
+        Returns on all ranks at once, or raises RankFailed on all, with what was judged before on disk.
         """
         problems = []
         with together():

@@ -9,7 +9,7 @@ from bridge_rl.config import EvaluationSection
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.run import Evaluation, Sweep, batches, exchange_units, num_completions, plan_sweeps
 from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
-from bridge_rl.reward_errors import RewardFailed
+from bridge_rl.reward_errors import RankFailed
 
 SECTION = EvaluationSection(widths=[1, 2, 4], samples=8)
 
@@ -147,7 +147,7 @@ def test_a_rank_whose_reward_fails_takes_part_in_what_the_others_still_sample(tm
 
     sweeps = plan_sweeps(SECTION, 6, listening=True, controls=False, seed=0)
     store = SampleStore(tmp_path)
-    with pytest.raises(RewardFailed, match=r"mine\.py:score failed"):
+    with pytest.raises(RankFailed, match=r"mine\.py:score failed"):
         Evaluation(sweeps, failing, store, State(0, ranks)).run()
     assert len({group.width for group in store.read()}) == conditions
 
