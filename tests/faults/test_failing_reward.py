@@ -1,4 +1,7 @@
-"""A reward that fails in the middle of a run loses nothing: mended, the run ends as one in which it did not fail."""
+"""A reward, or a rollout, that fails in the middle of a run loses nothing: mended, the run ends as one without that."""
+
+import json
+import re
 
 import pytest
 from chain import RECIPE, history, run_all, weights
@@ -36,6 +39,21 @@ def test_a_reward_that_fails_on_one_rank_saves_on_all(tmp_path):
     assert f"going on from {checkpoint}" in log
     assert weights(tmp_path / "failed") == weights(tmp_path / "whole")
     assert history(tmp_path / "failed") == history(tmp_path / "whole")
+
+
+def test_a_prompt_for_which_one_rank_has_no_room_ends_all_and_the_run_goes_on_with_more(tmp_path):
+    problems = [{"problem": "1," * (100 if n == 5 else 8) + f"{n}=", "answer": "1"} for n in range(12)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    data = f"data.train={{path: {tmp_path / 'p.jsonl'}, check_answers: false}}"
+    argv = [*RECIPE, data, "training.max_steps=10", "training.per_device_train_batch_size=8"]
+    whole, failed = ({"argv": [*argv, f"output_dir={tmp_path / name}"]} for name in ("whole", "failed"))
+    small = {"argv": [*failed["argv"], "rollout.max_cache_tokens=150"]}
+    codes = run_all(tmp_path, [whole, small, failed], ranks=2)
+    log = (tmp_path / "log.txt").read_text()
+    assert codes == [[0, 0], [2, 2], [0, 0]], log[-3000:]
+    [checkpoint] = re.findall(r"error: The cache has room for 150 tokens.* \((\S+) is whole: when the cause", log)
+    assert f"going on from {checkpoint}" in log
+    assert weights(tmp_path / "failed") == weights(tmp_path / "whole")
 
 
 def test_a_reward_that_fails_in_an_evaluation_on_one_rank_saves_on_all(tmp_path):
