@@ -16,7 +16,7 @@ from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import write_results
 from bridge_rl.evaluation.run import listens, num_completions, plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore, write_for_readers
-from bridge_rl.evaluation.settings import SETTINGS_FILE, digest
+from bridge_rl.evaluation.settings import SETTINGS_FILE, digest, digest_of_reward
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
@@ -34,12 +34,13 @@ def make_evaluator(
     """Evaluation at every width of the recipe, shared out over the ranks, whose samples and results are kept."""
     rows = eval_set.to_list()
     made = described(recipe)
-    settings = json.dumps({"problems": digest(rows), **{key: made[key] for key in DECIDES_SAMPLES}})
+    judging = digest_of_reward(recipe.rewards[0])
+    settings = json.dumps({"problems": digest(rows), "judging": judging, **{key: made[key] for key in DECIDES_SAMPLES}})
 
     def evaluate(trainer: BridgeGRPOTrainer) -> dict[str, float]:
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
         directory = evaluation_directory(recipe, step)
-        # Samples that are there may be of other weights, problems or temperature.
+        # Samples that are there may be of other weights, problems or temperature, or judged otherwise.
         kept = trainer.resumed_here and is_text(directory / SETTINGS_FILE, settings)
         if state.is_local_main_process and not kept:
             shutil.rmtree(directory, ignore_errors=True)

@@ -4,6 +4,7 @@ import pytest
 
 from bridge_rl.config import RewardSection
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation import settings
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.settings import digest_of_reward
 from bridge_rl.models import load_final_answer, load_reward
@@ -250,6 +251,14 @@ def test_an_evaluation_takes_a_word_that_it_does_not_know_for_ok():
 def test_verdicts_that_are_not_one_a_row_are_one_sentence(logged, given):
     with pytest.raises(UserError, match=rf"log_extra\('verdict', ...\) was given {given} for 3 rows"):
         verdicts_of(logged)
+
+
+def test_another_verifier_is_another_judge_for_the_rewards_that_ask_it(monkeypatch):
+    judged, own = RewardSection("rewards/answer.py:correct"), RewardSection("rewards/two_tries.py:correct")
+    before = [digest_of_reward(judged), digest_of_reward(own)]
+    monkeypatch.setattr(settings, "digest_of_verifier", lambda: "another")
+    assert digest_of_reward(judged) != before[0]
+    assert digest_of_reward(own) == before[1]
 
 
 @pytest.mark.parametrize(

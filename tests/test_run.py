@@ -430,6 +430,8 @@ def test_a_reward_that_fails_in_an_evaluation_saves_the_run_which_goes_on_with_i
 def test_a_run_that_goes_on_with_another_evaluation_keeps_no_samples_of_the_old_one(tmp_path):
     options = [option for option in SMALL if not option.startswith("warmup.")]
     options += ["warmup=null", "training.save_strategy=steps", "training.save_steps=2", f"output_dir={tmp_path}"]
+    reward = Path(shutil.copy("rewards/two_tries.py", tmp_path / "mine.py"))
+    options.append(f"rewards=[{{function: '{reward}:correct'}}]")
     main(["train", "recipes/tiny_arith.yaml", *options])
     directory = tmp_path / "evaluation" / "step_000002"
 
@@ -442,6 +444,8 @@ def test_a_run_that_goes_on_with_another_evaluation_keeps_no_samples_of_the_old_
     problem, groups, written = evaluated()
     same = evaluated("evaluation.widths=[1,2]")
     assert same == (problem, groups, written)  # more or fewer widths: what is there stays
+    reward.write_text(reward.read_text() + "# which judges otherwise, for all that is known\n")
+    assert evaluated()[2] > written
     greedy = evaluated("evaluation.temperature=0")
     assert greedy[0] == problem
     assert greedy[1].keys() == groups.keys()

@@ -109,6 +109,7 @@ def with_grids(*grids: list[float]) -> dict:
         ({"arms": {**STUDY["arms"], "x": {"role": "control"}}}, "unless its role is base"),
         ({"arms": with_grids([1e-4], [1e-4], [1e-4, 2e-4])}, "every arm must have as many as the others"),
         ({"headline": "rlvr"}, "name an arm whose role is bridge"),
+        ({"tasks": {"tiny": {**STUDY["tasks"]["tiny"], "test": {**SOURCE, "shuffle": True}}}}, "test.shuffle is true"),
         ({"seeds": [0, 100]}, "none may be search_seed"),
         ({"widths": [1, 36]}, "from 1 to 35"),
         ({"widths": [1, 4, 4]}, "widths is [1, 4, 4]: name each once."),
@@ -150,6 +151,19 @@ def test_problems_that_cannot_be_evaluated_are_refused_before_anything_is_traine
     assert caught.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_split_in_a_file_may_leave_out_answers_that_cannot_be_read(tmp_path):
+    rows = [{"problem": f"{n},11,12,13,14,15:{n + 11}=", "answer": str(n)} for n in range(20, 24)]
+    text = "".join(json.dumps(row) + "\n" for row in [{**rows[0], "answer": "x^2+"}, *rows])
+    (tmp_path / "p.jsonl").write_text(text)
+    test = {"path": str(tmp_path / "p.jsonl"), "check_answers": "drop"}
+    tasks = {"tiny": {**STUDY["tasks"]["tiny"], "test": test}}
+    judge = "rewards=[{function: rewards/answer.py:correct}]"
+    path = write_study(tmp_path, tasks=tasks, overrides=[*STUDY["overrides"], judge])
+    main(["study", str(path), "--runs", str(tmp_path / "runs"), "--only", "tiny/base/0"])
+    [result] = [read_cell(path) for path in tmp_path.glob("results/tiny/base/*.json")]
+    assert {len(right) for counts in result.counts for right in counts.groups} == {4}
 
 
 def test_a_study_must_be_sampled_at_the_width_of_training(tmp_path, capsys):

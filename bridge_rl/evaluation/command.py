@@ -15,7 +15,7 @@ from bridge_rl.cli import parse_numbers
 from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.aggregate import Chooser
+from bridge_rl.evaluation.aggregate import Chooser, method_name
 from bridge_rl.evaluation.analyse import METHODS
 from bridge_rl.evaluation.job import make_job
 from bridge_rl.evaluation.results import Estimate, Results, Summary, write_results
@@ -60,6 +60,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def load_chooser(named: str) -> Chooser:
     """A user's function that makes one answer of a group (`aggregate.Chooser`)."""
     function = load_function(named, "--aggregate")
+    if (name := method_name(function)) in METHODS:
+        raise UserError(f"--aggregate: {named} is called '{name}', as the one that is always there: name it otherwise.")
 
     @wraps(function)
     def choose(rows: list[dict[str, Any]]) -> int | str | None:

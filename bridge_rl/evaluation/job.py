@@ -183,9 +183,9 @@ def make_job(
     of_suite = DataSection(train=suite.source, prompt=suite.prompt, system_prompt=suite.system_prompt)
     data = trained.data if trained else of_suite
     reward = reward_of(args.reward, suite, trained)
-    if suite.is_file:  # whose answers need be readable to math-verify only if that judges them
-        checked = reward.function == MATH_REWARD
-        suite = replace(suite, source=replace(suite.source, check_answers=checked))
+    # A file's answers need be readable to math-verify only if that judges them.
+    if suite.is_file and suite.source.check_answers is True and reward.function != MATH_REWARD:
+        suite = replace(suite, source=replace(suite.source, check_answers=False))
     problems = load_suite(suite, "--suite", args.seed)[: args.problems]
     rows = make_prompts(problems, data, tokenizer).to_list()
     trained_length = trained.rollout.max_new_tokens if trained else None

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from bridge_rl import verify
 from bridge_rl.config import Recipe, RewardSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import Suite
@@ -20,7 +22,7 @@ DIGESTS = {
     "weights": "other weights",
     "problems": "other problems or prompts",
     "prompt_ids": "another chat template or tokenizer",
-    "judging": "another version of the reward's file",
+    "judging": "another version of the reward's file or of the verifier",
 }
 
 
@@ -62,14 +64,23 @@ def first(*values: Any) -> Any:
 
 
 def digest_of_reward(reward: RewardSection) -> str:
-    """Of the file that a reward names and its fixed arguments: an edited one would judge otherwise.
+    """Of the file that a reward names, its fixed arguments, and the verifier if it asks that: another one would judge
+    otherwise.
 
     Raises UserError if there is no such reward.
     """
     _, module = load_beside(reward.function, "--reward")
     file = getattr(module, "__file__", None)  # a built-in module has none
     content = Path(file).read_bytes() if file else b""
-    return digest([hashlib.sha256(content).hexdigest(), reward.kwargs])
+    judges = [hashlib.sha256(content).hexdigest(), reward.kwargs]
+    if any(value is verify.verify_answers for value in vars(module).values()):
+        judges.append(digest_of_verifier())
+    return digest(judges)
+
+
+def digest_of_verifier() -> str:
+    sources = [path.read_text() for path in sorted(Path(verify.__file__).parent.glob("*.py"))]
+    return digest([version("math-verify"), *sources])
 
 
 def digest(content: Any) -> str:

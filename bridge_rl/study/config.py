@@ -14,7 +14,7 @@ MOST_WIDTH = 35  # counts of right rows are kept as digits of base 36
 @dataclass
 class Task:
     """recipe: what every arm's overrides are laid over. validation: problems by which learning rates are chosen, and
-    for nothing else. test: the held-out problems of the results.
+    for nothing else. test: the held-out problems of the results. Both are the same for every seed.
     """
 
     recipe: str
@@ -22,6 +22,11 @@ class Task:
     test: DataSource
     overrides: list[str] = field(default_factory=list)
     __pydantic_config__: ClassVar = STRICT
+
+    def __post_init__(self) -> None:
+        for name in ("validation", "test"):
+            if getattr(self, name).shuffle:
+                raise UserError(f"{name}.shuffle is true: leave it out, the problems must be the same for every seed.")
 
 
 @dataclass

@@ -19,6 +19,7 @@ MAX_CHARS = 1000  # of an answer; a thousand nested parentheses already take sym
 TAIL_CHARS = 300  # of prose without a marked answer
 DECIMALS = 6  # to which decimals are compared, as in math-verify
 RELATIVE = Fraction(1, 10_000)  # and what they may differ by beside that, so that 1e-8 is not 2e-8
+INTRODUCTION = "The answer is "  # of prose in which what follows these words has to be found
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ _ANSWER_IS = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:)[\s:*]*(?=\S)", r
 _DELIMITED = re.compile(
     r"\$\$((?:\\.|[^$\\])+)\$\$|\$((?:\\.|[^$\\])+)\$|\\\[((?:(?!\\\]).)+)\\\]|\\\(((?:(?!\\\)).)+)\\\)", re.DOTALL
 )
+_FURTHER = re.compile(rf"\s*(?:,\s*)?(?:or|and|,)\s*(?:{_DELIMITED.pattern})", re.DOTALL)  # `$5$ or $6$`
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)")
 _GROUP_OF_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -60,11 +62,11 @@ def find_answer(completion: str) -> Answer | None:
     completion = completion.strip()
     text = completion.rpartition("</think>")[2].strip() or completion
     if _BOX.search(text):
-        return _marked(last_box(completion))
+        return _marked(last_box(text) if _boxes(text) != [] else last_box(completion))
     if (answer := _after_hashes(text)) is not None:
         return answer
     if marks := list(_ANSWER_IS.finditer(text)):
-        return _bare_or_prose(_clause(text[marks[-1].end() :]), "The answer is ")
+        return _bare_or_prose(_clause(text[marks[-1].end() :]), INTRODUCTION)
     answer = _bare_or_prose(text)
     if _BOX.search(completion) and (answer is None or number(answer.text) is None):
         return _marked(last_box(completion))
@@ -115,9 +117,13 @@ def closing_brace(text: str, start: int) -> int | None:
 
 
 def _clause(rest: str) -> str:
-    """What stands after "the answer is": a formula between delimiters, else up to the end of the sentence."""
-    if formula := _DELIMITED.match(rest):
-        return _inside(formula)
+    """What stands after "the answer is": formulas between delimiters, as a list, else up to the end of the sentence."""
+    formula, found = _DELIMITED.match(rest), []
+    while formula:
+        found.append(_inside(formula))
+        formula = _FURTHER.match(rest, formula.end())
+    if found:
+        return ",".join(found)
     line = rest.split("\n", 1)[0].rstrip()
     end = _SENTENCE_END.search(line)
     return line[: end.start()] if end else line
@@ -191,22 +197,27 @@ _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w
 _COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
 # Units without a `\text{}` that math-verify would read as products. A single letter may be a variable.
 _UNIT = re.compile(
-    rf"(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*"
+    rf"(?:(?<=[\d}}])|(?<=\\pi))(?:{_GAP}*"
     r"(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
-    r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL])\Z"
+    rf"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL]|[mck]m|kg)|{_GAP}+(?:dm|mg|lbs?|oz|ft|in|yd|mi|hrs?|mph|kph))\Z"
 )
 # Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
 _CHANGES = re.compile(
     r"\b(?:(hundred|thousand|million|billion|trillion|dozen|score|hal[fv]e?|third|quarter)s?"
-    r"|((?:four|fif|six|seven|eigh|nin|ten)th)s?"
-    r"|((?:plus|minus|times|divided|over|less|more)\s+(?:by\s+|than\s+)?"
-    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)))\b"
+    r"|((?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)th)s?"
+    r"|((?:plus|minus|times|divided|over|less|more|below|base|or|but\s+not)\s+(?:by\s+|than\s+)?"
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty))"
+    r"|(or\s+(?:more|less|fewer|above|below))|(?<=\d )(squared|cubed|factorial))\b"
 )
 _NO_UNIT = re.compile(rf"{_CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
 _OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
 _TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
 _SECOND_NUMBER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: !])*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
 _SPACE = re.compile(r"\\[,;:! ]|~")
+_HALF_OF_DAY = re.compile(r"\b([ap])\.?\s?m\b")
+_NOT_THE_VALUE = re.compile(r"\b(?:not|never)\b|n't\b|\b(?:less|more|greater|fewer|larger|smaller|other) than\b")
+_BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm)\s*\{([^{}]*)\}")
+_NUMBER_IN_TEXT = re.compile(_OPENS_TEXT + r"\s*([-+]?[\d.][^{}]*)\}")
 
 
 def clean(text: str) -> str:
@@ -220,6 +231,9 @@ def clean(text: str) -> str:
     text = _ONE_SIGN.sub(_fraction_of_one_sign, text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{next(part for part in match.groups() if part is not None)}}}", text)
     text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
+    text = re.sub(r"\\degree(?![A-Za-z])", r"^\\circ ", text)
+    if whole := _BOLD.fullmatch(text) or _NUMBER_IN_TEXT.fullmatch(text):
+        text = whole[1].strip()
     if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
         text = text[:-1].rstrip()
     text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
@@ -268,11 +282,16 @@ def canonical(text: str) -> str:
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
+def _plain(text: str) -> str:
+    """In small letters, with single blanks and without LaTeX's marks of text."""
+    return " ".join(_SPACE.sub(" ", _TEXT.sub(r" \1", text)).casefold().split())
+
+
 def changes(text: str) -> list[tuple[str, ...]]:
     r"""What changes a number and math-verify drops: words behind the first digit, in a `\text{}` or not (of a plural
     its singular), and digits in a `\text{}` behind a digit.
     """
-    plain = _SPACE.sub(" ", _TEXT.sub(r" \1", text)).casefold()
+    plain = _plain(text)
     digit = re.search(r"\d", plain)
     words = _CHANGES.findall(plain, digit.start()) if digit else []
     return [*words, *((digits,) for digits in _SECOND_NUMBER.findall(text))]
@@ -324,17 +343,26 @@ _MIN_WORD = 4  # letters: `xyz` is a product, `none` a word
 
 
 def decide(prediction: Answer, gold: Answer) -> bool | None:
-    """The verdict on two numbers or words, or on numbers in unlike words; None if the pair needs a worker."""
+    """The verdict on numbers, lists of them or words, or on numbers in unlike words; None if a worker has to look."""
     if prediction.prose:
-        return None
-    if (gold_number := number(gold.text)) is not None and (given := number(prediction.text)) is not None:
-        return numbers_agree(given, gold_number)
+        return False if prediction.text.startswith(INTRODUCTION) and _says_another(prediction.text, gold.text) else None
+    if (expected := numbers(gold.text)) and (given := numbers(prediction.text)):
+        return len(given) == len(expected) and all(map(numbers_agree, given, expected))
     if (gold_base := _in_base(gold.text)) is not None and (given_base := _in_base(prediction.text)) is not None:
         return gold_base == given_base
     if changes(prediction.text) != changes(gold.text):  # which math-verify drops with all text
         return False
+    halves = [_HALF_OF_DAY.findall(_plain(text)) for text in (prediction.text, gold.text)]
+    if all(halves) and halves[0] != halves[1]:
+        return False
     gold_word, given_word = word(gold.text), word(prediction.text)
     return None if gold_word is None or given_word is None else gold_word == given_word
+
+
+def _says_another(sentence: str, gold: str) -> bool:
+    """Whether a sentence changes the number that math-verify would find in it: `not 5`, `5 million dollars`."""
+    before = re.split(r"\d", sentence.casefold(), maxsplit=1)[0]
+    return changes(sentence) != changes(gold) or bool(_NOT_THE_VALUE.search(before) and number(gold) is not None)
 
 
 def readable(gold: Answer) -> bool:
@@ -360,6 +388,13 @@ def number(text: str) -> Number | None:
     if match := _POWER_OF_TEN.fullmatch(text):
         return Number(Fraction(match[1]) * Fraction(10) ** int(match[2] or match[3]), False)
     return None
+
+
+def numbers(text: str) -> list[Number]:
+    """A number, or those of a list without brackets in order of size, each as often as it is there; else none."""
+    found = [number(part.strip()) for part in text.split(",")]
+    known = [value for value in found if value is not None]
+    return sorted(known, key=lambda value: value.value) if len(known) == len(found) else []
 
 
 def numbers_agree(a: Number, b: Number) -> bool:

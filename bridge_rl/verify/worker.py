@@ -6,11 +6,12 @@ A line in is JSON, the keyword arguments of `judge`, with answers as `answer.cle
 
 Known limits, each with a test of what happens today:
 - right and refused: `x<2 \text{ or } x>3` against a union of intervals; `\log 2` (base 10) against `\ln 2`; numbers in
-  other words than the gold's (`5000000` against `5\text{ million}`), which the parent refuses;
+  other words than the gold's (`5000000` against `5\text{ million}`), which the parent refuses; units of one letter that
+  are not in a `\text{}` (`5 m`), which may be variables;
 - gold that cannot be read: set-builder notation, residues (`3 \pmod 5`), anything with `\bmod`;
 - wrong and accepted: `x+1=2` against 2 (math-verify keeps an equation's right side); `1,2` or `{1,2}` against `(1,2)`,
   which is an interval and a pair at once; `no` against `on` (short words are products of symbols); exact numbers
-  that differ only after 40 digits;
+  that differ only after 40 digits; `5km` against 5, where k and m are variables;
 - by convention accepted: `50\%` against both 50 and 0.5; `101_2` against `101`, when only one side names its base.
 """
 
@@ -18,6 +19,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -29,6 +31,12 @@ from typing import Any
 DIGITS = 50
 EXACT_GAP = 1e-40  # pi is not pi + 1e-20; math-verify compares 15 digits
 FLOAT_GAP = 1e-4  # beside math-verify's 6 decimals, so that 1e-8 is not 2e-8
+_GAP = r"(?:\s|~|\\[,;:! ])*"
+_WORDS = r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\}(?:\^\{?-?\d\}?)?"
+# `\text{ cm}`, `\text{m}/\text{s}^2` behind a value. math-verify's own rule takes for a unit all from the first
+# `\text{` to the last brace, and variables such as `t` and `c`.
+_UNIT = rf"(?<=[\w)\]}}!.]){_GAP}{_WORDS}(?:{_GAP}(?:/|\\cdot|\\times)?{_GAP}{_WORDS})*{_GAP}"
+_LAST_UNIT, _UNIT_OF_FORMULA = re.compile(rf"{_UNIT}\Z"), re.compile(rf"{_UNIT}(?=\$|\\[\])])")
 RECYCLE_SHARE = 0.5  # of the memory limit: leave at that size, so that no later pair meets a full process
 
 
@@ -97,9 +105,9 @@ def _parse(latex: str) -> Any | None:
 
     if "mod" in latex:  # math-verify reads `a \\bmod n` as n
         return None
-    config = replace(LatexExtractionConfig().normalization_config, boxed="none")
+    config = replace(LatexExtractionConfig().normalization_config, boxed="none", units=False)
     try:
-        return parse_latex_cached(normalize_latex(latex, config=config))
+        return parse_latex_cached(normalize_latex(_LAST_UNIT.sub("", latex), config=config))
     except (MemoryError, RecursionError):
         raise
     except Exception:  # the parser raises whatever the text makes it raise: LaTeXParsingError, TypeError, KeyError, ...
@@ -111,9 +119,12 @@ _parse_gold = lru_cache(maxsize=4096)(_parse)
 
 def _parse_prose(text: str) -> Any | None:
     """What math-verify finds in text without a marked answer."""
-    from math_verify import parse
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    return next(iter(parse(text, fallback_mode="no_fallback", parsing_timeout=None)), None)
+    config = replace(LatexExtractionConfig().normalization_config, units=False)
+    targets = [LatexExtractionConfig(normalization_config=config), ExprExtractionConfig()]
+    text = _UNIT_OF_FORMULA.sub("", text)
+    return next(iter(parse(text, targets, fallback_mode="no_fallback", parsing_timeout=None)), None)
 
 
 def _agree(gold: Any, given: Any) -> bool:

@@ -154,6 +154,14 @@ def test_a_users_file_reward_and_function_are_taken(checkpoint, tmp_path):
     assert last.accuracy.value == pytest.approx(sum(group.correct[-1] for group in of_4) / len(of_4))
 
 
+def test_a_way_to_one_answer_is_not_called_as_one_that_is_there(checkpoint, tmp_path, capsys):
+    """It would take the place of that one in every table."""
+    (tmp_path / "mine.py").write_text("def majority(rows):\n    return 0\n")
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path / "out", "--aggregate", f"{tmp_path / 'mine.py'}:majority")
+    assert "mine.py:majority is called 'majority', as the one that is always there" in capsys.readouterr().err
+
+
 def test_several_suites_have_a_directory_each_and_a_mean(checkpoint, tmp_path, capsys):
     for name, numbers in (("a", (20, 21)), ("b", (22,))):
         rows = [{"problem": f"{n},11,12,13,14,15:{n + 11}", "answer": str(n)} for n in numbers]

@@ -140,6 +140,30 @@ RIGHT = [
     (r"x=5 \vee x=6", r"x=6 \vee x=5"),
     ("x=5,y=6", r"x=5 \land y=6"),
     ("a,b", "b,a"),
+    ("1,2,2", "2,1,2"),
+    ("1,2", "2, 1.0"),
+    ("1,2", r"1\text{ and }2"),
+    # units
+    ("5", "5 cm"),
+    ("5", "5cm"),
+    ("5", r"5\;\text{m}/\text{s}^2"),
+    ("5", r"5\text{ m}\cdot\text{s}^{-1}"),
+    ("5", r"\text{5 cm}"),
+    ("5", r"5\text{ cm}^2"),
+    (r"5\text{ cm}", "5"),
+    (r"2\sqrt{3}\text{ cm}", r"\sqrt{12}"),
+    ("2", "2 hrs"),
+    ("120", r"120\degree"),
+    ("5", r"\boldsymbol{5}"),
+    (r"3:30\text{ p.m.}", r"3:30\text{ PM}"),
+    # variables that are units elsewhere
+    ("2c", "c \\cdot 2"),
+    ("x+2t", "2t+x"),
+    ("a + b + c", "c+b+a"),
+    ("y = mx + c", "y = c + mx"),
+    ("1 - t", "-t+1"),
+    (r"\frac{a}{b} + c", r"c+\frac{a}{b}"),
+    ("ab + bc", "b(a+c)"),
 ]
 
 WRONG = [
@@ -230,11 +254,48 @@ WRONG = [
     (r"16\pi", "16"),
     ("16", r"16\pi"),
     ("120", "5"),
+    # behind the first unit math-verify sees nothing, and takes variables for units
+    ("5", r"5\text{ cm}+3\text{ cm}"),
+    ("5", r"5\text{ apples},6\text{ oranges}"),
+    ("12", r"12\text{ hours }30\text{ minutes}"),
+    ("x", r"x\text{ if }x>0, -x\text{ otherwise}"),
+    (r"10\text{ red, }5\text{ blue}", r"10\text{ red, }7\text{ blue}"),
+    ("5", "5t"),
+    ("2c", "2"),
+    ("2c", "2d"),
+    ("3t", "3h"),
+    (r"\frac12h", r"\frac12"),
+    ("x+2t", "x+2"),
+    ("4ab", "4"),
+    ("4ab", "4bc"),
+    ("5", r"5\text{ or 6}"),
+    ("5", r"5\text{, 6}"),
+    ("5", r"5\text{ + 3}"),
+    # as often as they are there
+    ("1,2,2", "1,1,2"),
+    ("2,3", "2,2,3"),
+    ("3", "3,3"),
+    # words that change a number
+    ("5", "5 hundredths"),
+    ("5", "5 millionth"),
+    ("5", "5 sixteenths"),
+    ("5", "5 twelfths"),
+    ("12", "12 squared"),
+    ("12", r"12\text{ cubed}"),
+    ("12", "12 factorial"),
+    ("12", "12 base eight"),
+    ("12", "12 below zero"),
+    ("5", r"5\text{ or six}"),
+    ("5", r"5\text{ or more}"),
+    ("5", "5 but not six"),
+    (r"3:30\text{ p.m.}", r"3:30\text{ a.m.}"),
+    (r"3\text{ PM}", r"3\text{ AM}"),
 ]
 
 KNOWN_LIMITS = [
     # right and refused
     ("36", "36 m^2", False),  # `m` may be a variable
+    ("5", "5 m", False),
     (r"(-\infty,2)\cup(3,\infty)", r"x<2 \text{ or } x>3", False),
     (r"\ln 2", r"\log 2", False),
     (r"5\text{ million}", "5000000", False),
@@ -243,6 +304,7 @@ KNOWN_LIMITS = [
     ("(1,2)", "1,2", True),
     ("(1,2)", r"\{1,2\}", True),
     ("on", "no", True),
+    ("5", "5km", True),
     (r"\pi", r"\pi+10^{-45}", True),
     # convention
     ("101", "101_2", True),
@@ -266,6 +328,18 @@ IN_PROSE = [
     ("5", "### Answer\n5", True),
     ("5", "#### Conclusion\n\nThe answer is 5.", True),
     ("5", "#### Final Answer:\n\nThe answer is: $5$", True),
+    ("5", "The answer is $5$ or $6$.", False),
+    ("6", "The answer is $5$ or $6$.", False),
+    ("5,6", "The answer is $5$ and $6$.", True),
+    ("5", "The answer is 5 million dollars.", False),
+    ("5", "The answer is 5 dollars, not more.", True),
+    ("5", "The answer is definitely not 5.", False),
+    ("5", "The answer is less than 5.", False),
+    ("2", "so we get $2c$", False),
+    ("5", r"That makes $5\text{ red and }6\text{ blue}$", False),
+    ("5", r"so it is $5\text{ cm}$ long", True),
+    ("5", r"<think>I need \boxed{ here</think> \boxed{5}", True),
+    ("5", r"<think>\boxed{7}</think> \boxed{5", False),
 ]
 
 
