@@ -80,12 +80,12 @@ def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = Fa
 
 def other_model(directory: Path, train: str, has_bridge: bool) -> str | None:
     """Why a run of this kind cannot save into `directory`: a file in it belongs to another kind, and would be read."""
-    kept = {WEIGHTS_FILE: train == "bridge", "adapter_config.json": train == "lora", CONFIG_FILE: has_bridge}
+    kept = {WEIGHTS_FILE: train != "full", "adapter_config.json": train == "lora", CONFIG_FILE: has_bridge}
     for name, of_this_kind in kept.items():
         if not of_this_kind and (directory / name).is_file():
             return (
                 f"output_dir: {directory} holds a model that was trained in another way ({name}), which would be read "
-                f"instead of that of train={train}: set another output_dir, or delete the directory."
+                f"instead of that of train={train}: set another output_dir."
             )
     return None
 

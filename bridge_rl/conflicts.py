@@ -1,6 +1,6 @@
 """What is refused of a recipe before anything is computed: each conflict is a sentence with its cure.
 
-Those of `safety` and `update` are refused by the trainer as well, of whoever makes one.
+Those of `safety`, `update` and `checkpoint` are refused by the trainer as well, of whoever makes one.
 """
 
 import difflib
@@ -240,6 +240,8 @@ def checkpoint_conflicts(recipe: Recipe) -> Iterator[str]:
     path = Path(resolve_path(recipe.model.path))
     if (path / "adapter_config.json").is_file():
         yield adapter_conflict(recipe.model)
+    if recipe.train == "full" and path.resolve() == Path(recipe.output_dir).resolve():
+        yield f"output_dir is model.path, {path}, with train=full: the run would write over its base, set another one."
     if is_bridge_checkpoint(path) and "quantization" in read_config(path) and recipe.model.quantization is None:
         yield f"model.path: {recipe.model.path} was trained on a quantized base: set model.quantization as it was."
 

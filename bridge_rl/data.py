@@ -304,10 +304,12 @@ def make_prompts(problems: list[dict[str, Any]], section: DataSection, tokenizer
         rows.append({"prompt": prompt, **row})
     try:
         prompt_tokens(tokenizer, [rows[0]["prompt"]])
-    except TemplateError as error:  # some know no system prompt
+    except TemplateError as error:
+        key, cure = "model.path", "set what it asks for in model.chat_template_kwargs"
+        if section.system_prompt is not None:  # which some do not know
+            key, cure = "data.system_prompt", "leave it out, and write its text into data.prompt"
         raise UserError(
-            f"data.system_prompt: the model's chat template refuses the chat of a prompt ({first_line(error)}): leave "
-            "the system prompt out, and write its text into the prompt."
+            f"{key}: the chat template refuses the chat of a prompt ({first_line(error)}): {cure}."
         ) from error
     # Not `from_list`, which leaves out what the first row does not have.
     return Dataset.from_dict({column: [row.get(column) for row in rows] for column in column_names(rows)})

@@ -75,11 +75,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **_load_options(section))
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(section, path, error) from error
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"model.path: the tokenizer of {section.path} has no EOS token, so that no completion would end: set "
-            "eos_token in its tokenizer_config.json."
-        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if section.chat_template_kwargs:

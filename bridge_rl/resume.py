@@ -40,7 +40,7 @@ def capture(trainer: "BridgeGRPOTrainer") -> dict[str, Any]:
     """This rank's place in its generation batch, and what it has measured and not logged yet."""
     args = trainer.args
     return {
-        "batch": [getattr(args, name) for name in OF_BATCH],
+        "generation_batch": [getattr(args, name) for name in OF_BATCH],
         "buffered_inputs": trainer._buffered_inputs,
         "trainer": {name: getattr(trainer, name) for name in OF_TRAINER},
         "state": {name: getattr(trainer.state, name) for name in OF_STATE},
@@ -65,10 +65,11 @@ def restore(trainer: "BridgeGRPOTrainer", saved: dict[str, Any]) -> None:
             f"{trainer._resume.checkpoint} was written by another version of bridge_rl (they differ in {different}): "
             "go on with that version, or set another output_dir."
         )
-    if saved["batch"] != now["batch"]:
+    if saved["generation_batch"] != now["generation_batch"]:
         raise UserError(
-            f"training: {', '.join(OF_BATCH)} are {now['batch']}, and in the checkpoint {saved['batch']}, perhaps in "
-            "the middle of a generation batch: set them back, or another output_dir."
+            f"training: {', '.join(OF_BATCH)} are {now['generation_batch']}, and in the checkpoint "
+            f"{saved['generation_batch']}, perhaps in the middle of a generation batch: set them back, or another "
+            "output_dir."
         )
     waiting = saved["buffered_inputs"]
     if waiting and trainer.beta != 0.0 and "ref_per_token_logps" not in waiting[0]:
@@ -148,9 +149,8 @@ class Resume(TrainerCallback):
             saved = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.trainer.args.device)
             restore(self.trainer, saved)
             at_start = state.global_step == 0 and args.eval_on_start  # transformers evaluates next
-            if (
-                saved["evaluation_due"] and not at_start
-            ):  # with all that transformers does behind one; the checkpoint is there already
+            # With all that transformers does behind one; the checkpoint is there already.
+            if saved["evaluation_due"] and not at_start:
                 metrics = self.trainer._evaluate(None, None)
                 self.trainer._determine_best_metric(metrics, None)
 

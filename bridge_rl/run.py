@@ -78,6 +78,11 @@ def train(recipe: Recipe) -> dict[str, float]:
     if checkpoint is not None:
         check_same_recipe(recipe, checkpoint.parent, deciding_keys(recipe))
     tokenizer = load_tokenizer(recipe.model)
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"model.path: the tokenizer of {recipe.model.path} has no EOS token, which TRL needs: set eos_token in its "
+            "tokenizer_config.json."
+        )
     rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
     judge = Judge(rewards[0], load_final_answer(recipe.rewards[0]))
     train_set = load_prompts(recipe, recipe.data.train, "data.train", tokenizer)

@@ -12,15 +12,13 @@ from bridge_rl.files import write_whole
 # Keys that decide what is in a directory; going on with others would mix two runs without a sound.
 PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt", "rewards", "seed")
 DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens", "rollout.temperature")
+# A checkpoint's optimizer has its own: another value in the recipe would be passed over.
+OF_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 OF_ROLLOUT = ("width", "num_generations", "max_new_tokens", "temperature", "mask_truncated", "dynamic_sampling")
 DECIDES_RUN = (
     *PROBLEMS,
     "train",
-    # A checkpoint's optimizer has its own: another value in the recipe would be passed over.
-    *(
-        f"training.{key}"
-        for key in ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-    ),
+    *(f"training.{key}" for key in OF_OPTIMIZER),
     *(f"rollout.{key}" for key in OF_ROLLOUT),
 )  # not memory, which changes no token
 

@@ -374,6 +374,9 @@ class BridgeGRPOTrainer(GRPOTrainer):
             for name, value in self._meter.take(rollout, reward).items():
                 self._log(name, value)
             self._log(names.SKIPPED, self._guards.skipped)
+        if "train_runtime" in logs and self._resume.checkpoint is not None:
+            # transformers divides the steps of the whole run by the time since the resume.
+            logs = {key: value for key, value in logs.items() if not key.endswith("_per_second")}
         super().log(logs, start_time)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------

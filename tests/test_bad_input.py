@@ -474,12 +474,12 @@ def test_a_bridge_is_not_put_into_another_base(checkpoint, tmp_path, capsys):
 
 
 def test_a_tokenizer_without_an_end_is_named(checkpoint, no_weights, tmp_path, capsys):
-    """Its rows would end at the limit alone, and TRL cannot compare them with no token."""
+    """TRL cannot compare its rows' last tokens with none."""
     shutil.copytree(TINY_MODEL, tmp_path / "endless")
     path = tmp_path / "endless" / "tokenizer_config.json"
     path.write_text(json.dumps({key: v for key, v in json.loads(path.read_text()).items() if key != "eos_token"}))
     error = error_of_tiny([f"model.path={tmp_path / 'endless'}"], capsys)
-    assert "has no EOS token, so that no completion would end: set eos_token in" in error
+    assert "has no EOS token, which TRL needs: set eos_token in" in error
 
 
 def test_a_base_that_is_gone_is_named(checkpoint, no_weights, capsys):

@@ -109,6 +109,7 @@ def test_cutting_groups_is_a_conflict():
         (["update.token_budget=999", "training.entropy_coef=0.1"], "token_budget is set with training.entropy_coef"),
         (["update.token_budget=999", "training.use_adaptive_entropy=true"], "set with training.use_adaptive_entropy"),
         (["train=lora", "training.cast_lm_head_to_fp32=true"], "TRL cannot where the embedding is the head"),
+        (["train=full", "output_dir=bridge_rl/tiny/model"], "the run would write over its base"),
     ],
 )
 def test_what_would_do_nothing_or_fail_late_is_a_conflict(overrides, expected):

@@ -233,8 +233,13 @@ def test_a_chat_template_that_knows_no_system_prompt_refuses_it_in_a_sentence():
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('Only user roles') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
     assert len(make_prompts(ROWS[:2], section(), tokenizer)) == 2
-    with pytest.raises(UserError, match=r"data.system_prompt: .* refuses the chat of a prompt \(Only user roles\)"):
+    with pytest.raises(
+        UserError, match=r"data.system_prompt: .* refuses the chat of a prompt \(Only user roles\): leave it"
+    ):
         make_prompts(ROWS[:2], section(system_prompt="Be brief."), tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('A date is missing') }}"
+    with pytest.raises(UserError, match=r"model.path: .* \(A date is missing\): set .* model.chat_template_kwargs"):
+        make_prompts(ROWS[:2], section(), tokenizer)
 
 
 def test_a_template_that_has_no_place_for_the_problem_is_refused():

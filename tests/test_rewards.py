@@ -262,6 +262,33 @@ def test_another_verifier_is_another_judge_for_the_rewards_that_ask_it(monkeypat
 
 
 @pytest.mark.parametrize(
+    "mine",
+    [
+        "import bridge_rl as br\ndef score(completions, answer, **kwargs):\n    return br.verify_answers([], [])\n"
+        "final_answer = str\n",
+        "from bridge_rl.verify import verify_answers as ask\nscore = final_answer = ask\n",
+        "from bridge_rl.verify.answer import last_box as final_answer\nscore = print\n",
+        "score = print\n",  # without a final_answer of its own
+    ],
+)
+def test_a_reward_asks_the_verifier_by_whatever_name(tmp_path, monkeypatch, mine):
+    (tmp_path / "mine.py").write_text(mine)
+    section = RewardSection(f"{tmp_path / 'mine.py'}:score")
+    before = digest_of_reward(section)
+    monkeypatch.setattr(settings, "digest_of_verifier", lambda: "another")
+    assert digest_of_reward(section) != before
+
+
+def test_the_judge_of_a_reward_may_not_change_either(tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text("score = final_answer = str\n")
+    section = RewardSection("rewards/set_aware.py:sole_solver", kwargs={"judge": f"{judge}:score"})
+    before = digest_of_reward(section)
+    judge.write_text("score = final_answer = repr\n")
+    assert digest_of_reward(section) != before
+
+
+@pytest.mark.parametrize(
     "score",
     [
         "def score(completions, **kwargs):\n    return [0.0 for _ in completions]\n",

@@ -735,7 +735,9 @@ def test_a_reward_that_was_edited_between_cells_is_spoken_of(study, tmp_path):
         return write_study_report(study, results, tmp_path / "report")[0].read_text()
 
     assert "Caution" not in report("first", cells[0])
-    assert "- **Caution**: results of tiny were judged by 2 versions of the reward's file" in report("other", cells[1])
+    assert "- **Caution**: results of tiny were judged by 2 versions of the reward's file or of the verifier" in report(
+        "other", cells[1]
+    )
 
 
 def test_a_model_of_another_recipe_is_not_evaluated(study, tmp_path):

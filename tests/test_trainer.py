@@ -375,7 +375,6 @@ def test_a_resumed_run_logs_saves_and_evaluates_as_often_as_it_is_told_now(token
     ("before", "now", "file"),
     [
         ("bridge", "full", "bridge.safetensors"),
-        ("bridge", "lora", "bridge.safetensors"),
         ("lora", "full", "adapter_config.json"),
     ],
 )

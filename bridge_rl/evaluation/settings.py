@@ -14,6 +14,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import Suite
 from bridge_rl.files import write_whole
 from bridge_rl.models import load_beside
+from bridge_rl.verify.answer import completion_text
 
 # What decides the samples of a directory: with other settings they would be others.
 SETTINGS_FILE = "evaluation.json"
@@ -64,8 +65,8 @@ def first(*values: Any) -> Any:
 
 
 def digest_of_reward(reward: RewardSection) -> str:
-    """Of the file that a reward names, its fixed arguments, and the verifier if it asks that: another one would judge
-    otherwise.
+    """Of the file that a reward names, its fixed arguments, and the verifier where that judges, or says which answers
+    are one: another would do it otherwise.
 
     Raises UserError if there is no such reward.
     """
@@ -73,9 +74,17 @@ def digest_of_reward(reward: RewardSection) -> str:
     file = getattr(module, "__file__", None)  # a built-in module has none
     content = Path(file).read_bytes() if file else b""
     judges = [hashlib.sha256(content).hexdigest(), reward.kwargs]
-    if any(value is verify.verify_answers for value in vars(module).values()):
+    asks = b"verify_answers" in content or any(map(_is_of_verifier, vars(module).values()))
+    if asks or not hasattr(module, "final_answer"):  # without one, the verifier's says what is voted on
         judges.append(digest_of_verifier())
+    if "judge" in reward.kwargs:  # of a reward that asks another one, as `set_aware.py` does
+        judges.append(digest_of_reward(RewardSection(reward.kwargs["judge"])))
     return digest(judges)
+
+
+def _is_of_verifier(value: Any) -> bool:
+    named = getattr(value, "__module__", None) or getattr(value, "__name__", "")
+    return str(named).startswith(verify.__name__) and value is not completion_text
 
 
 def digest_of_verifier() -> str:

@@ -30,7 +30,7 @@ META = {
     "prompt_ids": "fingerprint of their prompts' tokens",
     "eos_ids": "tokens that end a completion",
     "reward": "reward",
-    "judging": "fingerprint of the reward's file, and of the verifier if it asks that",
+    "judging": "fingerprint of the reward's file and the verifier",
     "prompt": "prompt",
     "samples": "samples a problem",
     "temperature": "temperature",

@@ -83,11 +83,11 @@ def header(study: Study, tasks: Sequence[TaskCells]) -> str:
 
 
 def judged_otherwise(task: TaskCells) -> str:
-    """A line where the reward's file was edited between cells; empty where it was not."""
+    """A line where the reward's file or the verifier was edited between cells; empty where they were not."""
     results = [result for own in task.cells.values() for result in own.values()]
     results += [result for own in task.search.values() for result in own.values()]
     versions = len({result.judging for result in results} - {None})
-    judged = f"results of {task.task} were judged by {versions} versions of the reward's file"
+    judged = f"results of {task.task} were judged by {versions} versions of the reward's file or of the verifier"
     return f"- **Caution**: {judged}, and may differ by that." if versions > 1 else ""
 
 

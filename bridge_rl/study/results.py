@@ -55,8 +55,8 @@ class CellResult:
     made: how the evaluation was made. trained: the same of each start of the training; empty where it was not started
     by the study, and of the base. tried: learning rate -> validation pass@1, of the search. history: mean training
     reward up to each of the steps. source: of the split's problems; problems: a digest of them. base: a digest of the
-    weights that were trained, before; judging: of the reward's file when it was evaluated; None where they were not
-    looked at.
+    weights that were trained, before; judging: of the reward's file and the verifier when it was evaluated; None where
+    they were not looked at.
     """
 
     task: str

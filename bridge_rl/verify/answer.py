@@ -46,6 +46,7 @@ _DELIMITED = re.compile(
     r"\$\$((?:\\.|[^$\\])+)\$\$|\$((?:\\.|[^$\\])+)\$|\\\[((?:(?!\\\]).)+)\\\]|\\\(((?:(?!\\\)).)+)\\\)", re.DOTALL
 )
 _FURTHER = re.compile(rf"\s*(?:,\s*)?(?:or|and|,)\s*(?:{_DELIMITED.pattern})", re.DOTALL)  # `$5$ or $6$`
+_CLAUSE_END = re.compile(r"[ \t*]*(?:[.!?;\n]|\Z)")
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)")
 _GROUP_OF_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -68,8 +69,9 @@ def find_answer(completion: str) -> Answer | None:
     if marks := list(_ANSWER_IS.finditer(text)):
         return _bare_or_prose(_clause(text[marks[-1].end() :]), INTRODUCTION)
     answer = _bare_or_prose(text)
-    if _BOX.search(completion) and (answer is None or number(answer.text) is None):
-        return _marked(last_box(completion))
+    boxed = last_box(completion)  # of the thinking
+    if boxed is not None and (answer is None or answer.prose or not re.search(r"\d", answer.text)):
+        return _marked(boxed)
     return answer
 
 
@@ -118,15 +120,25 @@ def closing_brace(text: str, start: int) -> int | None:
 
 def _clause(rest: str) -> str:
     """What stands after "the answer is": formulas between delimiters, as a list, else up to the end of the sentence."""
-    formula, found = _DELIMITED.match(rest), []
+    formula, found, end = _DELIMITED.match(rest), [], 0
     while formula:
         found.append(_inside(formula))
-        formula = _FURTHER.match(rest, formula.end())
+        end = formula.end()
+        formula = _FURTHER.match(rest, end)
     if found:
-        return ",".join(found)
+        change = _CHANGES.match("0 " + rest[end:].lstrip(" *").casefold(), 2)  # as behind a number: `$5$ million`
+        listed = ",".join(found) if _CLAUSE_END.match(rest, end) and not _are_one(found) else found[0]
+        return listed + (rf"\text{{ {change[0]}}}" if change else "")
     line = rest.split("\n", 1)[0].rstrip()
-    end = _SENTENCE_END.search(line)
-    return line[: end.start()] if end else line
+    sentence_end = _SENTENCE_END.search(line)
+    return line[: sentence_end.start()] if sentence_end else line
+
+
+def _are_one(formulas: list[str]) -> bool:
+    r"""Whether they are one number in several forms: `$\frac{1}{2}$ or $0.5$`."""
+    values = [value for formula in formulas if (value := number(clean(formula))) is not None]
+    written = {(value.value, value.exact) for value in values}
+    return len(values) == len(formulas) == len(written) and all(numbers_agree(values[0], value) for value in values)
 
 
 def _inside(formula: re.Match[str]) -> str:
@@ -194,12 +206,19 @@ _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+
 _GAP = r"(?:\s|~|\\[,;: ])"
 _MIXED = re.compile(rf"(?<![\w.,/^}}])(\d+){_GAP}+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
-_COUNTED = re.compile(r"([-+]?\d[\d.,/]*)(?:\s+[a-z]{3,}){1,3}")
+_COUNTED = re.compile(rf"(?:\\?\$)?([-+]?\d[\d.,/]*(?:\\?%)?)(?:{_GAP}+[a-z]{{3,}}){{1,3}}")
+_MEASURED = re.compile(
+    rf"(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*(?:(?:square|cubic){_GAP}+)?"
+    r"(?:inch(?:es)?|feet|foot|(?:centi|milli|kilo)?met(?:er|re)s?|yards?|miles?|units?|seconds?|minutes?|hours?|days?"
+    r"|weeks?|months?|years?|degrees?|dollars?|cents?|cups?|pounds?|ounces?|gallons?|lit(?:er|re)s?|(?:kilo)?grams?)\Z"
+)
 # Units without a `\text{}` that math-verify would read as products. A single letter may be a variable.
 _UNIT = re.compile(
-    rf"(?:(?<=[\d}}])|(?<=\\pi))(?:{_GAP}*"
+    rf"(?:(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*"
     r"(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
-    rf"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL]|[mck]m|kg)|{_GAP}+(?:dm|mg|lbs?|oz|ft|in|yd|mi|hrs?|mph|kph))\Z"
+    r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL]|[mck]m|kg)"
+    rf"|(?<=\d){_GAP}*(?:ft|lbs?|oz|hrs|mph|kph)|(?<=[\d}}]){_GAP}+(?:mg|lbs?|oz|ft|in|yd|hrs|mph|kph)"
+    rf"|(?<=\d){_GAP}+(?:dm|mi|hr))\Z"
 )
 # Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
 _CHANGES = re.compile(
@@ -207,7 +226,7 @@ _CHANGES = re.compile(
     r"|((?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)th)s?"
     r"|((?:plus|minus|times|divided|over|less|more|below|base|or|but\s+not)\s+(?:by\s+|than\s+)?"
     r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty))"
-    r"|(or\s+(?:more|less|fewer|above|below))|(?<=\d )(squared|cubed|factorial))\b"
+    r"|(or\s+(?:more|less|fewer|above|below))(?!\s*\w)|(?<=\d )(squared|cubed|factorial))\b"
 )
 _NO_UNIT = re.compile(rf"{_CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
 _OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
@@ -215,9 +234,16 @@ _TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
 _SECOND_NUMBER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: !])*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
 _SPACE = re.compile(r"\\[,;:! ]|~")
 _HALF_OF_DAY = re.compile(r"\b([ap])\.?\s?m\b")
-_NOT_THE_VALUE = re.compile(r"\b(?:not|never)\b|n't\b|\b(?:less|more|greater|fewer|larger|smaller|other) than\b")
+_FIRST_NUMBER = re.compile(r"\d(?:[\d.,/]*\d)?")
+_NOT_THE_VALUE = re.compile(  # in front of it
+    r"(?:\b(?:not|never)|n't|\b(?:less|more|greater|fewer|larger|smaller|other) than)"
+    r"(?:\s+(?:be|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
+)
 _BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm)\s*\{([^{}]*)\}")
-_NUMBER_IN_TEXT = re.compile(_OPENS_TEXT + r"\s*([-+]?[\d.][^{}]*)\}")
+_NUMBER_IN_TEXT = re.compile(
+    _OPENS_TEXT + r"\s*([-+]?(?:\d[\d.,/:]*|\.\d+))(\s(?!\s*[xyzn]\s*\})[^{}\d]*)?\}(\^\{?\d\}?)?"
+)
+_CONSTANT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{\s*([ei])\s*\}")
 
 
 def clean(text: str) -> str:
@@ -231,9 +257,12 @@ def clean(text: str) -> str:
     text = _ONE_SIGN.sub(_fraction_of_one_sign, text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{next(part for part in match.groups() if part is not None)}}}", text)
     text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
-    text = re.sub(r"\\degree(?![A-Za-z])", r"^\\circ ", text)
-    if whole := _BOLD.fullmatch(text) or _NUMBER_IN_TEXT.fullmatch(text):
+    text = re.sub(r"\^\s*\{\s*\\degree\s*\}|\^?\s*\\degree(?![A-Za-z])", r"^\\circ ", text)
+    text = _CONSTANT.sub(r" \1", text).strip()  # which the worker would take for a unit
+    if whole := _BOLD.fullmatch(text):
         text = whole[1].strip()
+    if whole := _NUMBER_IN_TEXT.fullmatch(text):  # `\text{5 cm}`
+        text = whole[1] + (rf"\text{{{whole[2]}}}{whole[3] or ''}" if (whole[2] or "").strip() else "")
     if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
         text = text[:-1].rstrip()
     text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
@@ -243,14 +272,14 @@ def clean(text: str) -> str:
         text = re.sub(r"\\(?:land|wedge)(?![A-Za-z])", ",", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
-    if _THOUSANDS_COMMA.fullmatch(text):
-        text = text.replace(",", "")
     text = _MIXED.sub(_improper_fraction, text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = _UNIT.sub("", text)
-    if (counted := _COUNTED.fullmatch(text)) and not _NO_UNIT.search(text):
+    if (measured := _MEASURED.search(text)) and not _words(text[: measured.start()]):  # not `7 hours 30 minutes`
+        text = text[: measured.start()]
+    if (counted := _COUNTED.fullmatch(text)) and not _NO_UNIT.search(_plain(text)):
         text = counted[1]
-    return text
+    return text.replace(",", "") if _THOUSANDS_COMMA.fullmatch(text) else text
 
 
 def _fraction_of_one_sign(match: re.Match[str]) -> str:
@@ -353,16 +382,24 @@ def decide(prediction: Answer, gold: Answer) -> bool | None:
     if changes(prediction.text) != changes(gold.text):  # which math-verify drops with all text
         return False
     halves = [_HALF_OF_DAY.findall(_plain(text)) for text in (prediction.text, gold.text)]
-    if all(halves) and halves[0] != halves[1]:
+    if all(halves) and set(halves[0]) != set(halves[1]):
         return False
     gold_word, given_word = word(gold.text), word(prediction.text)
     return None if gold_word is None or given_word is None else gold_word == given_word
 
 
 def _says_another(sentence: str, gold: str) -> bool:
-    """Whether a sentence changes the number that math-verify would find in it: `not 5`, `5 million dollars`."""
-    before = re.split(r"\d", sentence.casefold(), maxsplit=1)[0]
-    return changes(sentence) != changes(gold) or bool(_NOT_THE_VALUE.search(before) and number(gold) is not None)
+    """Whether a sentence changes the number that math-verify would find in it: `not 5`, `5 million dollars`.
+
+    What changes it comes right behind it, unlike in `12 apples, half of them red`.
+    """
+    plain = _plain(sentence)
+    if (first := _FIRST_NUMBER.search(plain)) is None:
+        return False
+    change = _CHANGES.match(plain, first.end() + 1)
+    denied = _NOT_THE_VALUE.search(plain[: first.start()]) and number(gold) is not None
+    found = [tuple(group or "" for group in change.groups())] if change else []
+    return bool(denied) or found != [words for words in changes(gold) if len(words) > 1][:1]
 
 
 def readable(gold: Answer) -> bool:

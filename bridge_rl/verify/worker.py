@@ -35,7 +35,7 @@ _GAP = r"(?:\s|~|\\[,;:! ])*"
 _WORDS = r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\}(?:\^\{?-?\d\}?)?"
 # `\text{ cm}`, `\text{m}/\text{s}^2` behind a value. math-verify's own rule takes for a unit all from the first
 # `\text{` to the last brace, and variables such as `t` and `c`.
-_UNIT = rf"(?<=[\w)\]}}!.]){_GAP}{_WORDS}(?:{_GAP}(?:/|\\cdot|\\times)?{_GAP}{_WORDS})*{_GAP}"
+_UNIT = rf"(?<=[^\W_]|[)\]}}!.%|]){_GAP}{_WORDS}(?:{_GAP}(?:(?:/|\\cdot|\\times){_GAP})?{_WORDS})*{_GAP}"
 _LAST_UNIT, _UNIT_OF_FORMULA = re.compile(rf"{_UNIT}\Z"), re.compile(rf"{_UNIT}(?=\$|\\[\])])")
 RECYCLE_SHARE = 0.5  # of the memory limit: leave at that size, so that no later pair meets a full process
 
