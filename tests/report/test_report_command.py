@@ -173,8 +173,8 @@ def test_runs_judged_or_asked_otherwise_are_compared_with_caution(tmp_path, caps
     path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Think. '))
     report(str(first), str(second))
     assert (
-        "fingerprint of the reward's file (0a in runs/first, 0b in runs/second); what stands around each problem, as a "
-        "system prompt (problems.jsonl)."
+        "fingerprint of the reward's file and the verifier (0a in runs/first, 0b in runs/second); what stands around "
+        "each problem, as a system prompt (problems.jsonl)."
     ) in capsys.readouterr().out
 
 
