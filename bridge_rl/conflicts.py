@@ -211,7 +211,7 @@ def guard_conflicts(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
     if recipe.model.quantization == "int8" and recipe.guards.max_rollout_kl < INT8_KL:
         yield (
             "model.quantization is int8, which rounds activations by the batch, so that training's log-probs differ "
-            "from the rollout's (by a KL of 0.03 to 0.04 for SmolLM2-135M, and guards.max_rollout_kl is "
+            "from the rollout's (by a KL of 0.02 for SmolLM2-135M, and guards.max_rollout_kl is "
             f"{recipe.guards.max_rollout_kl:g}): set guards.max_rollout_kl=0.1 or null, or model.quantization=nf4."
         )
 
