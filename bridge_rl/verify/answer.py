@@ -3,8 +3,8 @@ r"""Find the answer in a completion, bring it into a common form, decide the eas
 A completion's answer is, in this order: the last `\boxed{...}`; what follows `####` in the last line, or a number that
 does further up; what follows the last "answer is"; the whole text if it is one bare expression; else its tail, in which
 the worker lets math-verify look. A box before `</think>` counts if nothing of the first three, and no expression with a
-digit, is after it. A last box that is left open (the completion was cut there), empty boxes alone, or one longer than MAX_CHARS
-give no answer at all: falling back to the working would reward a guess at what the writer meant.
+digit, is after it. A last box that is left open (the completion was cut there), empty boxes alone, or one longer than
+MAX_CHARS give no answer at all: falling back to the working would reward a guess at what the writer meant.
 
 Numbers (integers, decimals, fractions of integers) and words are decided here; everything else goes to a worker.
 """
