@@ -111,8 +111,7 @@ def find_conflicts(recipe: Recipe, config: PreTrainedConfig, batches: "Batches",
     yield from metric_conflicts(recipe)
     yield from part_conflicts(recipe.training, config, recipe.update)
     yield from checkpoint_conflicts(recipe)
-    if conflict := other_model(Path(recipe.output_dir), recipe.train, recipe.bridge is not None):
-        yield conflict
+    yield from output_conflicts(recipe)
     yield from mode_conflicts(recipe, tied)
     yield from quantization_conflicts(recipe)
     yield from position_conflicts(recipe, config)
@@ -240,10 +239,17 @@ def checkpoint_conflicts(recipe: Recipe) -> Iterator[str]:
     path = Path(resolve_path(recipe.model.path))
     if (path / "adapter_config.json").is_file():
         yield adapter_conflict(recipe.model)
-    if recipe.train == "full" and path.resolve() == Path(recipe.output_dir).resolve():
-        yield f"output_dir is model.path, {path}, with train=full: the run would write over its base, set another one."
     if is_bridge_checkpoint(path) and "quantization" in read_config(path) and recipe.model.quantization is None:
         yield f"model.path: {recipe.model.path} was trained on a quantized base: set model.quantization as it was."
+
+
+def output_conflicts(recipe: Recipe) -> Iterator[str]:
+    """What the trained model may not be saved beside, or over."""
+    output, base = Path(recipe.output_dir), Path(resolve_path(recipe.model.path))
+    if problem := other_model(output, recipe.train, recipe.bridge is not None):
+        yield problem
+    if recipe.train == "full" and base.resolve() == output.resolve():
+        yield f"output_dir is model.path, {base}, with train=full: the run would write over its base, set another one."
 
 
 def mode_conflicts(recipe: Recipe, tied: bool) -> Iterator[str]:

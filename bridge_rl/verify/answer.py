@@ -63,7 +63,7 @@ def find_answer(completion: str) -> Answer | None:
     completion = completion.strip()
     text = completion.rpartition("</think>")[2].strip() or completion
     if _BOX.search(text):
-        return _marked(last_box(text) if _boxes(text) != [] else last_box(completion))
+        return _marked(last_box(text if _boxes(text) != [] else completion))
     if (answer := _after_hashes(text)) is not None:
         return answer
     if marks := list(_ANSWER_IS.finditer(text)):
@@ -212,12 +212,13 @@ _MEASURED = re.compile(
     r"(?:inch(?:es)?|feet|foot|(?:centi|milli|kilo)?met(?:er|re)s?|yards?|miles?|units?|seconds?|minutes?|hours?|days?"
     r"|weeks?|months?|years?|degrees?|dollars?|cents?|cups?|pounds?|ounces?|gallons?|lit(?:er|re)s?|(?:kilo)?grams?)\Z"
 )
+_SHORT_UNIT = r"ft|lbs?|oz|hrs|mph|kph"
 # Units without a `\text{}` that math-verify would read as products. A single letter may be a variable.
 _UNIT = re.compile(
     rf"(?:(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*"
     r"(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
     r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL]|[mck]m|kg)"
-    rf"|(?<=\d){_GAP}*(?:ft|lbs?|oz|hrs|mph|kph)|(?<=[\d}}]){_GAP}+(?:mg|lbs?|oz|ft|in|yd|hrs|mph|kph)"
+    rf"|(?<=\d)(?:{_SHORT_UNIT})|(?<=[\d}}]){_GAP}+(?:{_SHORT_UNIT}|mg|in|yd)"
     rf"|(?<=\d){_GAP}+(?:dm|mi|hr))\Z"
 )
 # Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
