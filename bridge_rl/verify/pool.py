@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from bridge_rl.errors import UserError
-from bridge_rl.verify.answer import canonical, decide, find_answer, gold_answer, readable, word
+from bridge_rl.verify.answer import find_answer, gold_answer
+from bridge_rl.verify.common_form import canonical
+from bridge_rl.verify.decide import decide, readable, word
 
 Status = Literal["ok", "unparsed", "timeout", "error"]
 Reply = Literal["ok", "unparsed", "error", "failed", "timeout", "vanished"]  # the last two are the parent's words

@@ -1,6 +1,6 @@
 r"""One verifier process: reads a pair a line, answers with its status and verdict. Run by file path, imports no torch.
 
-A line in is JSON, the keyword arguments of `judge`, with answers as `answer.clean` leaves them. A line out is
+A line in is JSON, the keyword arguments of `judge`, with answers as `common_form.clean` leaves them. A line out is
 `status 0|1`, or `failed 0` before it leaves; the first line is `ready`. Nothing of sympy's leaves the process: not even
 `str` of an expression, which may take forever. The deadline is the parent's, by SIGKILL.
 

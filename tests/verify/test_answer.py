@@ -5,17 +5,15 @@ import time
 import pytest
 
 from bridge_rl.verify.answer import (
-    Answer,
-    canonical,
-    clean,
     completion_text,
     count_boxes,
-    decide,
     extract_answer,
     find_answer,
     gold_answer,
     last_box,
 )
+from bridge_rl.verify.common_form import Answer, canonical, clean
+from bridge_rl.verify.decide import decide
 from bridge_rl.verify.worker import _LAST_UNIT, _UNIT_OF_FORMULA
 
 

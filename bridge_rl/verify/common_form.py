@@ -1,0 +1,173 @@
+r"""The common form of answers: LaTeX as math-verify reads it, with units, signs and spellings brought into one."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from unicodedata import normalize
+
+INTRODUCTION = "The answer is "  # of prose in which what follows these words has to be found
+DELIMITED = re.compile(
+    r"\$\$((?:\\.|[^$\\])+)\$\$|\$((?:\\.|[^$\\])+)\$|\\\[((?:(?!\\\]).)+)\\\]|\\\(((?:(?!\\\)).)+)\\\)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` in the common form of `clean`, except when it is `prose` in which an answer has yet to be found."""
+
+    text: str
+    prose: bool = False
+
+
+_GROUP_OF_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+
+_SIGNS = str.maketrans(
+    {
+        "\N{MINUS SIGN}": "-",
+        "\N{EN DASH}": "-",
+        "\N{MULTIPLICATION SIGN}": r"\times ",
+        "\N{MIDDLE DOT}": r"\cdot ",
+        "\N{GREEK SMALL LETTER PI}": r"\pi ",
+        "\N{INFINITY}": r"\infty ",
+        "\N{EMPTY SET}": r"\emptyset ",
+        "\N{DEGREE SIGN}": r"^\circ ",
+        "\N{FRACTION SLASH}": "/",
+        "\N{ELEMENT OF}": r"\in ",
+        "\N{ALMOST EQUAL TO}": r"\approx ",
+        "\N{EURO SIGN}": r"\$",
+        "\N{POUND SIGN}": r"\$",
+    }
+)
+_POWER = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")  # digits above the line
+_INDEX = re.compile("[\u2080-\u2089]+")  # and below it
+_RELATION = re.compile(r"\A(?:=|\\approx(?![A-Za-z]))\s*(?=\S)")  # in front of an answer, to what came before it
+_ONE_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")  # fractions such as one half
+_ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])))")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
+_THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
+_GAP = r"(?:\s|~|\\[,;: ])"
+_MIXED = re.compile(rf"(?<![\w.,/^}}])(\d+){_GAP}+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
+_SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
+_COUNTED = re.compile(rf"(?:\\?\$)?([-+]?\d[\d.,/]*(?:\\?%)?)(?:{_GAP}+[a-z]{{3,}}){{1,3}}")
+_MEASURED = re.compile(
+    rf"(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*(?:(?:square|cubic){_GAP}+)?"
+    r"(?:inch(?:es)?|feet|foot|(?:centi|milli|kilo)?met(?:er|re)s?|yards?|miles?|units?|seconds?|minutes?|hours?|days?"
+    r"|weeks?|months?|years?|degrees?|dollars?|cents?|cups?|pounds?|ounces?|gallons?|lit(?:er|re)s?|(?:kilo)?grams?)\Z"
+)
+_SHORT_UNIT = r"ft|lbs?|oz|hrs|mph|kph"
+# Units without a `\text{}` that math-verify would read as products. A single letter may be a variable.
+_UNIT = re.compile(
+    rf"(?:(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*"
+    r"(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
+    r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL]|[mck]m|kg)"
+    rf"|(?<=\d)(?:{_SHORT_UNIT})|(?<=[\d}}]){_GAP}+(?:{_SHORT_UNIT}|mg|in|yd)"
+    rf"|(?<=\d){_GAP}+(?:dm|mi|hr))\Z"
+)
+# Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
+CHANGES = re.compile(
+    r"\b(?:(hundred|thousand|million|billion|trillion|dozen|score|hal[fv]e?|third|quarter)s?"
+    r"|((?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)th)s?"
+    r"|((?:plus|minus|times|divided|over|less|more|below|base|or|but\s+not)\s+(?:by\s+|than\s+)?"
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty))"
+    r"|(or\s+(?:more|less|fewer|above|below))(?!\s*\w)|(?<=\d )(squared|cubed|factorial))\b"
+)
+NO_UNIT = re.compile(rf"{CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
+_OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
+TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
+SECOND_NUMBER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: !])*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
+_SPACE = re.compile(r"\\[,;:! ]|~")
+_BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm)\s*\{([^{}]*)\}")
+_NUMBER_IN_TEXT = re.compile(
+    _OPENS_TEXT + r"\s*([-+]?(?:\d[\d.,/:]*|\.\d+))(\s(?!\s*[xyzn]\s*\})[^{}\d]*)?\}(\^\{?\d\}?)?"
+)
+_CONSTANT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{\s*([ei])\s*\}")
+
+
+def clean(text: str) -> str:
+    r"""LaTeX with the same meaning in the form that math-verify reads: `10\,000`, `1e3`, `0.\overline{3}`, `oo`."""
+    text = text.strip().translate(_SIGNS).strip("*").strip()
+    while (whole := DELIMITED.fullmatch(text)) is not None:
+        text = inside(whole)
+    text = _RELATION.sub("", text)
+    text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0])}}}", text)
+    text = _INDEX.sub(lambda match: f"_{{{normalize('NFKC', match[0])}}}", text)
+    text = _ONE_SIGN.sub(_fraction_of_one_sign, text)
+    text = _ROOT.sub(lambda match: rf"\sqrt{{{next(part for part in match.groups() if part is not None)}}}", text)
+    text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
+    text = re.sub(r"\^\s*\{\s*\\degree\s*\}|\^?\s*\\degree(?![A-Za-z])", r"^\\circ ", text)
+    text = _CONSTANT.sub(r" \1", text).strip()  # which the worker would take for a unit
+    if whole := _BOLD.fullmatch(text):
+        text = whole[1].strip()
+    if whole := _NUMBER_IN_TEXT.fullmatch(text):  # `\text{5 cm}`
+        text = whole[1] + (rf"\text{{{whole[2]}}}{whole[3] or ''}" if (whole[2] or "").strip() else "")
+    if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
+        text = text[:-1].rstrip()
+    text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
+    text = re.sub(r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty ", text)
+    if "=" in text:  # behind an equation math-verify reads these as its end, and takes what follows for the answer
+        text = re.sub(r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }", text)
+        text = re.sub(r"\\(?:land|wedge)(?![A-Za-z])", ",", text)
+    text = _REPEATING.sub(_repeating_fraction, text)
+    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _MIXED.sub(_improper_fraction, text)
+    text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
+    text = _UNIT.sub("", text)
+    if (measured := _MEASURED.search(text)) and not words_of(text[: measured.start()]):  # not `7 hours 30 minutes`
+        text = text[: measured.start()]
+    if (counted := _COUNTED.fullmatch(text)) and not NO_UNIT.search(plain_text(text)):
+        text = counted[1]
+    return text.replace(",", "") if _THOUSANDS_COMMA.fullmatch(text) else text
+
+
+def inside(formula: re.Match[str]) -> str:
+    return next(group for group in formula.groups() if group is not None).strip()
+
+
+def words_of(text: str) -> list[str]:
+    return _WORD.findall(_GROUP_OF_TEXT.sub(" ", text))
+
+
+def _fraction_of_one_sign(match: re.Match[str]) -> str:
+    """`1/2` of the one sign, behind a number `2 1/2`; LaTeX, where letters may follow."""
+    before, sign = match.groups()
+    above, _, below = normalize("NFKC", sign).partition("\N{FRACTION SLASH}")
+    return f"{before} {above}/{below}" if before else rf"\frac{{{above}}}{{{below}}}"
+
+
+def _repeating_fraction(match: re.Match[str]) -> str:
+    whole, fixed, cycle = match.groups()
+    shift = 10 ** len(fixed)
+    value = Fraction(int((whole or "0") + fixed), shift) + Fraction(int(cycle), shift * (10 ** len(cycle) - 1))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _improper_fraction(match: re.Match[str]) -> str:
+    """Of `2 1/2`, which math-verify reads as 3/2; `2 3/2` is left as it is."""
+    whole, above, below = map(int, match.groups())
+    return rf"\frac{{{whole * below + above}}}{{{below}}}" if above < below else match[0]
+
+
+def canonical(text: str) -> str:
+    """A cleaned answer for comparison as a string: no spacing, no sizes, no decoration."""
+    text = re.sub(r"\\(?:left|right|[Bb]igg?[lr]?)(?![A-Za-z])", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = TEXT.sub(r"\1", text)
+    text = _SPACE.sub(" ", text)
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+def plain_text(text: str) -> str:
+    """In small letters, with single blanks and without LaTeX's marks of text."""
+    return " ".join(_SPACE.sub(" ", TEXT.sub(r" \1", text)).casefold().split())
+
+
+def changes(text: str) -> list[tuple[str, ...]]:
+    r"""What changes a number and math-verify drops: words behind the first digit, in a `\text{}` or not (of a plural
+    its singular), and digits in a `\text{}` behind a digit.
+    """
+    plain = plain_text(text)
+    digit = re.search(r"\d", plain)
+    words = CHANGES.findall(plain, digit.start()) if digit else []
+    return [*words, *((digits,) for digits in SECOND_NUMBER.findall(text))]

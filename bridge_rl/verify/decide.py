@@ -1,0 +1,112 @@
+"""Decide what needs no parser: numbers (integers, decimals, fractions of integers), lists of them, and words.
+
+Of anything else a worker asks sympy.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from bridge_rl.verify.common_form import CHANGES, INTRODUCTION, TEXT, Answer, changes, plain_text
+
+DECIMALS = 6  # to which decimals are compared, as in math-verify
+RELATIVE = Fraction(1, 10_000)  # and what they may differ by beside that, so that 1e-8 is not 2e-8
+_DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
+_RATIO = re.compile(r"([-+]?)(?:\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}|(\d+)\s*/\s*(\d+))")
+_POWER_OF_TEN = re.compile(r"([-+]?(?:\d+(?:\.\d+)?|\.\d+))\s*\\(?:times|cdot)\s*10\^(?:\{([-+]?\d{1,3})\}|(\d))")
+_IN_BASE = re.compile(r"(\d[0-9A-Za-z]*)_(?:\{([1-9]\d?)\}|([1-9]\d?))")
+_HALF_OF_DAY = re.compile(r"\b([ap])\.?\s?m\b")
+_FIRST_NUMBER = re.compile(r"\d(?:[\d.,/]*\d)?")
+_NOT_THE_VALUE = re.compile(  # in front of it
+    r"(?:\b(?:not|never)|n't|\b(?:less|more|greater|fewer|larger|smaller|other) than)"
+    r"(?:\s+(?:be|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
+)
+_WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-])*")
+_MIN_WORD = 4  # letters: `xyz` is a product, `none` a word
+
+
+def decide(prediction: Answer, gold: Answer) -> bool | None:
+    """The verdict on numbers, lists of them or words, or on numbers in unlike words; None if a worker has to look."""
+    if prediction.prose:
+        return False if prediction.text.startswith(INTRODUCTION) and _says_another(prediction.text, gold.text) else None
+    if (expected := numbers(gold.text)) and (given := numbers(prediction.text)):
+        return len(given) == len(expected) and all(map(numbers_agree, given, expected))
+    if (gold_base := _in_base(gold.text)) is not None and (given_base := _in_base(prediction.text)) is not None:
+        return gold_base == given_base
+    if changes(prediction.text) != changes(gold.text):  # which math-verify drops with all text
+        return False
+    halves = [_HALF_OF_DAY.findall(plain_text(text)) for text in (prediction.text, gold.text)]
+    if all(halves) and set(halves[0]) != set(halves[1]):
+        return False
+    gold_word, given_word = word(gold.text), word(prediction.text)
+    return None if gold_word is None or given_word is None else gold_word == given_word
+
+
+def _says_another(sentence: str, gold: str) -> bool:
+    """Whether a sentence changes the number that math-verify would find in it: `not 5`, `5 million dollars`.
+
+    What changes it comes right behind it, unlike in `12 apples, half of them red`.
+    """
+    plain = plain_text(sentence)
+    if (first := _FIRST_NUMBER.search(plain)) is None:
+        return False
+    change = CHANGES.match(plain, first.end() + 1)
+    denied = _NOT_THE_VALUE.search(plain[: first.start()]) and number(gold) is not None
+    found = [tuple(group or "" for group in change.groups())] if change else []
+    return bool(denied) or found != [words for words in changes(gold) if len(words) > 1][:1]
+
+
+def readable(gold: Answer) -> bool:
+    """Whether `gold` is a number or a word, which needs no parser."""
+    return number(gold.text) is not None or word(gold.text) is not None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value, and whether it was written without a decimal point."""
+
+    value: Fraction
+    exact: bool
+
+
+def number(text: str) -> Number | None:
+    """The value of a plain number in cleaned form."""
+    if _DECIMAL.fullmatch(text):
+        return Number(Fraction(text.rstrip(".")), "." not in text)
+    if match := _RATIO.fullmatch(text):
+        sign, above, below = match[1], int(match[2] or match[4]), int(match[3] or match[5])
+        return Number((-1 if sign == "-" else 1) * Fraction(above, below), True) if below else None
+    if match := _POWER_OF_TEN.fullmatch(text):
+        return Number(Fraction(match[1]) * Fraction(10) ** int(match[2] or match[3]), False)
+    return None
+
+
+def numbers(text: str) -> list[Number]:
+    """A number, or those of a list without brackets in order of size, each as often as it is there; else none."""
+    found = [number(part.strip()) for part in text.split(",")]
+    known = [value for value in found if value is not None]
+    return sorted(known, key=lambda value: value.value) if len(known) == len(found) else []
+
+
+def numbers_agree(a: Number, b: Number) -> bool:
+    """Equal, or equal to DECIMALS decimals and within RELATIVE if one of them is a decimal."""
+    if a.value == b.value or (a.exact and b.exact):
+        return a.value == b.value
+    near = abs(a.value - b.value) <= RELATIVE * max(abs(a.value), abs(b.value))
+    return near and round(a.value, DECIMALS) == round(b.value, DECIMALS)
+
+
+def _in_base(text: str) -> int | None:
+    match = _IN_BASE.fullmatch(text)
+    try:
+        return int(match[1], int(match[2] or match[3])) if match else None
+    except ValueError:  # no such base, or a digit it lacks
+        return None
+
+
+def word(text: str) -> str | None:
+    r"""A word or phrase (`\text{Monday}`, `no solution`) in comparable form; None if it may be a product of symbols."""
+    plain = TEXT.sub(r"\1", text).replace("\\ ", " ").strip().rstrip(".")
+    if not _WORDS.fullmatch(plain) or len(plain) < _MIN_WORD or "\\" in plain:
+        return None
+    return "".join(plain.casefold().split())
