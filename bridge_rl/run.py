@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from bridge_rl.checkpoint import (
     WEIGHTS_FILE,
@@ -77,12 +77,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     checkpoint = checkpoint_to_resume(recipe.resume, output)
     if checkpoint is not None:
         check_same_recipe(recipe, checkpoint.parent, deciding_keys(recipe))
-    tokenizer = load_tokenizer(recipe.model)
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"model.path: the tokenizer of {recipe.model.path} has no EOS token, which TRL needs: set eos_token in its "
-            "tokenizer_config.json."
-        )
+    tokenizer = training_tokenizer(recipe)
     rewards = [load_reward(section, number) for number, section in enumerate(recipe.rewards)]
     judge = Judge(rewards[0], load_final_answer(recipe.rewards[0]))
     train_set = load_prompts(recipe, recipe.data.train, "data.train", tokenizer)
@@ -176,7 +171,7 @@ def warm_up(recipe: Recipe) -> None:
             "warmup: the warm-up runs without ZeRO and FSDP (it trains the new parameters only), so run it first: "
             "accelerate launch launch/warmup.py with the same recipe and overrides."
         )
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = training_tokenizer(recipe)
     judge = Judge.of(recipe.rewards[0])
     model = load_policy(replace(recipe, train="bridge")).to(state.device)  # the base stays in its own dtype
     if (directory / "recipe.yaml").is_file():  # a warm-up that was cut off: its completions are good for the same one
@@ -229,6 +224,16 @@ def warmup_groups(recipe: Recipe, model: Any, tokenizer: Any, judge: Judge, stop
             f"{store.directory}, and the same command goes on from them"
         )
     return collect_groups(store, len(rows), path)
+
+
+def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(recipe.model)
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"model.path: the tokenizer of {recipe.model.path} has no EOS token, which TRL needs: set eos_token in its "
+            "tokenizer_config.json."
+        )
+    return tokenizer
 
 
 def load_prompts(recipe: Recipe, source: DataSource, key: str, tokenizer: Any) -> Dataset:

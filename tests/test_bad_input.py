@@ -478,8 +478,10 @@ def test_a_tokenizer_without_an_end_is_named(checkpoint, no_weights, tmp_path, c
     shutil.copytree(TINY_MODEL, tmp_path / "endless")
     path = tmp_path / "endless" / "tokenizer_config.json"
     path.write_text(json.dumps({key: v for key, v in json.loads(path.read_text()).items() if key != "eos_token"}))
-    error = error_of_tiny([f"model.path={tmp_path / 'endless'}"], capsys)
-    assert "has no EOS token, which TRL needs: set eos_token in" in error
+    for command in ("train", "warmup"):
+        overrides = [f"model.path={tmp_path / 'endless'}", "warmup={problems: 4, samples: 2}"]
+        error = error_of([command, TINY, *SMALL, "output_dir=out", *overrides], capsys)
+        assert "has no EOS token, which TRL needs: set eos_token in" in error
 
 
 def test_a_base_that_is_gone_is_named(checkpoint, no_weights, capsys):
