@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
 from bridge_rl.block import BridgeConfig
@@ -26,6 +26,7 @@ from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state
 
 CONFIG_FILE = "bridge_config.json"
 WEIGHTS_FILE = "bridge.safetensors"
+OF_BASE = ("revision", "gguf_file")  # options of `from_pretrained` that say which weights it loads
 SHARDS_OF_ZERO = "latest"  # DeepSpeed's file that names the directory of its shards
 
 CARD = """---
@@ -109,7 +110,12 @@ def save_blocks(state_dict: dict[str, Tensor], directory: Path) -> None:
 def write_config(model: nn.Module, directory: Path) -> None:
     """Write `bridge_config.json`."""
     state = find_state(model)
-    content = {"bridge": state.config.to_dict(), "base": state.base_name, "base_fingerprint": state.fingerprint}
+    content = {
+        "bridge": state.config.to_dict(),
+        "base": state.base_name,
+        "base_options": state.base_options,
+        "base_fingerprint": state.fingerprint,
+    }
     quantization = getattr(model.config, "quantization_config", None)
     if isinstance(quantization, BitsAndBytesConfig):
         content["quantization"] = quantization.to_dict()
@@ -142,23 +148,29 @@ def load_bridge(
     if not is_adapter and not (directory / WEIGHTS_FILE).is_file():
         if base_model is not None:
             raise UserError(f"{directory} holds the whole model: leave base_model out.")
-        with _quietly():  # transformers would report every block as unexpected, and we load them next
-            model = AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
+        try:
+            model = load_weights(str(directory), from_pretrained_kwargs)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be loaded ({first_line(error)}): restore the checkpoint.") from error
+        model.config.bridge = None  # which is attached and loaded next
         return _take_blocks(attach_bridge(model, config), _read_shards(directory), directory)
 
+    options = from_pretrained_kwargs
     if isinstance(base_model, PreTrainedModel):
-        if from_pretrained_kwargs:
-            raise UserError(f"{', '.join(from_pretrained_kwargs)}: of no use for a base_model that is loaded already.")
+        if options:
+            raise UserError(f"{', '.join(options)}: of no use for a base_model that is loaded already.")
         base = base_model
     else:
-        base = _load_base(directory, base_model or content["base"], content.get("quantization"), from_pretrained_kwargs)
+        if base_model is None:
+            options = content.get("base_options", {}) | options
+        base = _load_base(directory, base_model or content["base"], content.get("quantization"), options)
     found = fingerprint(base)
     if found != content["base_fingerprint"]:
         raise UserError(
             f"{directory} was trained on another base ({content['base']}, fingerprint {content['base_fingerprint']}, "
             f"found {found}): pass the right one as base_model."
         )
-    model = attach_bridge(base, config)
+    model = attach_bridge(base, config, {key: options[key] for key in OF_BASE if key in options})
     if is_adapter:
         from peft import PeftModel
 
@@ -174,12 +186,37 @@ def _load_base(directory: Path, name: str, quantization: dict[str, Any] | None, 
     if quantization is not None:
         options = {"quantization_config": BitsAndBytesConfig.from_dict(quantization), **options}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-    except OSError as error:
+        return load_weights(name, options)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{directory} goes into the base {name}, which cannot be loaded ({first_line(error)}): pass where it is as "
             "base_model."
         ) from error
+
+
+def load_weights(path: str, options: dict[str, Any]) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` without its blocks, and with all other weights.
+
+    transformers fills those that are missing, or have another shape, with random numbers. Raises ValueError for these
+    and for damaged files.
+    """
+    if "gguf_file" in options:
+        # A default load stays marked as quantized, and such a model can neither be trained nor saved.
+        options = {"quantization_config": GgufConfig(dequantize=True), **options}
+    try:
+        with _quietly():  # it would report every block of a checkpoint as unexpected
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except SafetensorError as error:
+        raise UserError(f"{path} has damaged weights ({error}): fetch or save it again.") from error
+    misshapen = {name for name, *_ in found["mismatched_keys"]}
+    for what, names in (("lacks", found["missing_keys"]), ("has another shape than its config.json for", misshapen)):
+        if names:
+            raise UserError(f"{path} {what} {min(names)} ({len(names)} in all): fetch or save it again.")
+    return model
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate = commands.add_parser("generate", help="one group of completions for a prompt")
     generate.add_argument("--model", required=True, help=model)
     generate.add_argument("--width", type=int, default=4, help="completions, which hear each other; default: 4")
-    generate.add_argument("--max-new-tokens", type=int, default=256, help="of each completion; default: 256")
+    generate.add_argument("--max-new-tokens", type=int, help="of each completion; default: 256, or fewer")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: 1")
     generate.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     generate.add_argument("prompt", help="the user's turn of a chat, or plain text without a chat template")

@@ -17,17 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from bridge_rl.checkpoint import cast_blocks, is_bridge_checkpoint, load_bridge, read_config
+from bridge_rl.checkpoint import OF_BASE, cast_blocks, is_bridge_checkpoint, load_bridge, load_weights, read_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.data import GIVEN_TO_REWARDS, import_function
 from bridge_rl.errors import UserError, first_line
@@ -60,19 +58,26 @@ def resolve_path(path: str) -> str:
 
 
 def _load_options(section: ModelSection) -> dict[str, Any]:
-    options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    if section.gguf_file is not None:
-        options["gguf_file"] = section.gguf_file
+    options = {key: getattr(section, key) for key in ("revision", "trust_remote_code", "gguf_file")}
     return {key: value for key, value in options.items() if value}
+
+
+def _holder_of(section: ModelSection, file: str) -> tuple[str, dict[str, Any]]:
+    """Where `file` is, for a Bridge checkpoint without it in its base, and the options to load it with."""
+    path, options = resolve_path(section.path), _load_options(section)
+    if not is_bridge_checkpoint(path) or (Path(path) / file).is_file():
+        return path, options
+    content = read_config(Path(path))
+    if not content["base"]:
+        raise UserError(f"model.path: {path} has no {file} and names no base that has it: put one in.")
+    return content["base"], content.get("base_options", {}) | options
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; of its base for a Bridge checkpoint that has none."""
-    path = resolve_path(section.path)
-    if is_bridge_checkpoint(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = read_config(Path(path))["base"]
+    path, options = _holder_of(section, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **_load_options(section))
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **options)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(section, path, error) from error
     if tokenizer.pad_token is None:
@@ -92,14 +97,14 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def model_config(section: ModelSection) -> Any:
-    """The model's configuration, without its weights."""
-    path = resolve_path(section.path)
-    if is_bridge_checkpoint(path) and not (Path(path) / "config.json").is_file():
-        path = read_config(Path(path))["base"]
+    """The configuration of the model without its weights and its Bridge, which `attach_bridge` can put in."""
+    path, options = _holder_of(section, "config.json")
     try:
-        return AutoConfig.from_pretrained(path, **_load_options(section))
+        config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(section, path, error) from error
+    config.bridge = None
+    return config
 
 
 def load_model(section: ModelSection) -> PreTrainedModel:
@@ -108,21 +113,14 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     options = _load_options(section) | {"dtype": getattr(torch, section.dtype)}
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
-    if section.gguf_file is not None:
-        from transformers import GgufConfig
-
-        # A default load stays marked as quantized, and such a model can neither be trained nor saved.
-        options["quantization_config"] = GgufConfig(dequantize=True)
     if section.quantization is not None:
         options["quantization_config"] = quantization_config(section)
     try:
         if is_bridge_checkpoint(path):
             return keep_gradients(load_bridge(path, **options))
-        model = keep_gradients(AutoModelForCausalLM.from_pretrained(path, **options))
-    except UserError:
-        raise
-    except SafetensorError as error:
-        raise UserError(f"model.path: {section.path} has damaged weights ({error}): fetch or save it again.") from error
+        model = keep_gradients(load_weights(path, options))
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
     except (OSError, ValueError, ImportError) as error:  # a kernel, or what a remote model's code needs
         raise _cannot_load(section, path, error) from error
     if getattr(model.config, "bridge", None):
@@ -203,7 +201,8 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
         )
     if recipe.bridge is not None and not has_bridge(model):
         torch.manual_seed(recipe.seed)
-        attach_bridge(model, recipe.bridge)
+        options = _load_options(recipe.model)
+        attach_bridge(model, recipe.bridge, {key: options[key] for key in OF_BASE if key in options})
     if recipe.model.quantization is not None and recipe.train == "bridge":
         # transformers trains such a model with PEFT's adapters only; here, the blocks are what is trained.
         model.is_quantized = False

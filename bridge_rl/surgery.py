@@ -46,6 +46,7 @@ class BridgeState:
     config: BridgeConfig
     fingerprint: str
     base_name: str
+    base_options: dict[str, str]  # see `attach_bridge`
     width: int = 1
     enabled: bool = True
 
@@ -68,13 +69,18 @@ def bridged_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (BridgedLayer, cls), {"__module__": cls.__module__})
 
 
-def attach_bridge(model: PreTrainedModel, config: BridgeConfig) -> PreTrainedModel:
+def attach_bridge(
+    model: PreTrainedModel, config: BridgeConfig, base_options: dict[str, str] | None = None
+) -> PreTrainedModel:
     """Add a zero-started block after every decoder layer named by `config`, in place, and return `model`.
+
+    base_options: what it took to load the model beside its name (`revision`, `gguf_file`), for `load_bridge` to do it
+    again.
 
     The blocks take the device of their layer and the dtype of the model; their random start comes from torch's global
     generator.
-    Raises ValueError for a model family that is not served, a layer that does not exist, and a model that has blocks
-    or an adapter.
+    Raises ValueError for a model family that is not served, a layer that does not exist, a model that has blocks or an
+    adapter, and one whose blocks were dropped when it was loaded.
     """
     if hasattr(model, "peft_config"):
         raise UserError("The model is wrapped by PEFT: attach the Bridge to the base before the adapter.")
@@ -86,9 +92,12 @@ def attach_bridge(model: PreTrainedModel, config: BridgeConfig) -> PreTrainedMod
         )
     if has_bridge(model):
         raise UserError("This model has a Bridge already: load the base again to attach another.")
+    if getattr(model.config, "bridge", None):
+        raise UserError("This model was saved with a Bridge, which a plain load has dropped: load it with load_bridge.")
     backbone = model.base_model
     carriers = layer_indices(config, len(backbone.layers))
-    state = BridgeState(config, fingerprint(model), str(getattr(model.config, "_name_or_path", "")))
+    base_name = str(getattr(model.config, "_name_or_path", ""))
+    state = BridgeState(config, fingerprint(model), base_name, base_options or {})
     hidden_size = model.config.get_text_config().hidden_size
     classes = {cls: bridged_class(cls) for cls in {type(layer) for layer in backbone.layers}}
     for index, layer in enumerate(backbone.layers):

@@ -404,7 +404,7 @@ def test_an_attention_that_is_not_installed_is_one_sentence(monkeypatch, capsys)
     def refuse(*args, **kwargs):
         raise ImportError("the package for FlashAttention2 doesn't seem to be installed")
 
-    monkeypatch.setattr("bridge_rl.models.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("bridge_rl.checkpoint.AutoModelForCausalLM.from_pretrained", refuse)
     error = error_of_tiny(["model.attn_implementation=flash_attention_2"], capsys)
     assert "model.path" in error
     assert "FlashAttention2" in error

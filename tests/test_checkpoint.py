@@ -5,15 +5,21 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_base, make_bridged
+from conftest import make_base, make_bridged, switch_on
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import bridge_rl as br
 from bridge_rl.checkpoint import write_config
+from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.convert import convert
+from bridge_rl.errors import UserError
 from bridge_rl.fingerprint import fingerprint
+from bridge_rl.models import load_model, load_policy, load_tokenizer
 from bridge_rl.surgery import find_state, group_width
 
+REWARD = RewardSection("rewards/answer.py:correct")
 IDS = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -30,9 +36,6 @@ def base_directory(tmp_path, family):
 
 
 def attach_to(directory, dtype=torch.float32):
-    from conftest import switch_on
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return switch_on(br.attach_bridge(model, br.BridgeConfig(num_heads=2, head_dim=8)))
 
@@ -101,6 +104,80 @@ def test_a_checkpoint_says_which_base_it_lacks(tmp_path):
         br.load_bridge(tmp_path / "bridge")
 
 
+def test_a_base_of_a_hub_is_found_again_at_its_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for seed, (branch, commit) in enumerate({"main": "a" * 40, "v1": "b" * 40}.items()):
+        make_base("llama", seed).save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs" / branch).write_text(commit)
+    bridge = br.BridgeConfig(num_heads=2, head_dim=8)
+    recipe = Recipe(
+        ModelSection("org/tiny", revision="v1"), data=None, rewards=[REWARD], output_dir="out", bridge=bridge
+    )
+    model = switch_on(load_policy(recipe))
+    br.save_bridge(model, tmp_path / "bridge")
+    loaded = br.load_bridge(tmp_path / "bridge")
+    assert torch.equal(logits(loaded), logits(model))
+    br.save_bridge(loaded, tmp_path / "again")
+    assert torch.equal(logits(load_model(ModelSection(str(tmp_path / "again")))), logits(model))
+
+
+def damage(directory, kind):
+    """Of a whole model with a Bridge."""
+    path = directory / "model.safetensors"
+    if kind == "a matrix less":
+        tensors = load_file(path)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, path, {"format": "pt"})
+    elif kind == "another shape":
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    elif kind == "cut off":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("a matrix less", r"lacks model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)"),
+        ("another shape", r"has another shape than its config\.json for model\.layers\.0\.mlp"),
+        ("cut off", "has damaged weights"),
+        ("gone", "cannot be loaded"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused(kind, sentence, tmp_path):
+    """transformers would put random numbers in their place."""
+    br.save_bridge(make_bridged("llama"), tmp_path / "full", merged=True)
+    damage(tmp_path / "full", kind)
+    with pytest.raises(UserError, match=sentence):
+        br.load_bridge(tmp_path / "full")
+    with pytest.raises(UserError, match=sentence):
+        load_model(ModelSection(str(tmp_path / "full")))
+
+
+def test_a_base_that_is_not_whole_is_refused(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    damage(tmp_path / "base", "a matrix less")
+    with pytest.raises(UserError, match=r"model\.path: .*base lacks model\.layers\.1"):
+        load_model(ModelSection(str(tmp_path / "base")))
+
+
+def test_no_new_bridge_takes_the_place_of_one_that_a_plain_load_dropped(tmp_path):
+    br.save_bridge(make_bridged("llama"), tmp_path / "full", merged=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    with pytest.raises(UserError, match="load it with load_bridge"):
+        br.attach_bridge(plain, br.BridgeConfig(num_heads=2, head_dim=8))
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path):
+    br.save_bridge(make_bridged("llama"), tmp_path / "full", merged=True)
+    with pytest.raises(UserError, match=r"full has no tokenizer_config\.json and names no base"):
+        load_tokenizer(ModelSection(str(tmp_path / "full")))
+
+
 def test_what_would_be_ignored_is_refused(tmp_path):
     make_base("llama").save_pretrained(tmp_path / "base")
     model = attach_to(str(tmp_path / "base"))
@@ -142,8 +219,6 @@ def test_a_directory_whose_old_checkpoint_would_be_loaded_is_refused(merged, tmp
 
 
 def test_a_plain_load_drops_the_bridge_which_is_why_the_card_warns(base_directory, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model = attach_to(base_directory)
     br.save_bridge(model, tmp_path / "full", merged=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
@@ -173,8 +248,6 @@ def test_a_bridge_only_save_of_a_trained_base_is_refused(bridged, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "missing tensor", "shape", "config"])
 def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     make_base("llama").save_pretrained(tmp_path / "base")
     br.save_bridge(attach_to(str(tmp_path / "base")), tmp_path / "bridge")
     weights, config = tmp_path / "bridge" / "bridge.safetensors", tmp_path / "bridge" / "bridge_config.json"
@@ -205,11 +278,6 @@ def test_the_config_file_says_what_is_inside(tmp_path):
 
 
 def test_a_bridge_that_a_plain_save_and_load_lost_is_noticed(bridged, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from bridge_rl.config import ModelSection
-    from bridge_rl.models import load_model
-
     bridged.save_pretrained(tmp_path)  # not save_bridge
     with pytest.raises(ValueError, match="its blocks would be dropped"):
         load_model(ModelSection(str(tmp_path)))
@@ -230,8 +298,6 @@ def test_a_fingerprint_sees_every_layer_and_every_shape():
 
 
 def test_a_model_inside_peft_is_not_saved_as_a_bridge(bridged, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     wrapped = get_peft_model(bridged, LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]))
     with pytest.raises(ValueError, match="wrapped by PEFT"):
         br.save_bridge(wrapped, tmp_path)

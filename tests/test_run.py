@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,13 @@ from bridge_rl.config import ModelSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import read_results
 from bridge_rl.evaluation.samples import SampleStore
-from bridge_rl.models import load_tokenizer
+from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.report import names, results
 from bridge_rl.report.results import provenance
 from bridge_rl.resume import file_of
 from bridge_rl.run_checkpoints import MANIFEST, _seal
 from bridge_rl.run_directory import check_same_recipe, deciding_keys, save_recipe
+from bridge_rl.surgery import find_state
 
 SMALL = [
     "training.max_steps=2",
@@ -251,9 +253,28 @@ def test_generate_prints_one_group(finished, capsys):
     assert capsys.readouterr().out.count("--- row") == 3
 
 
-def test_doctor_samples_and_verifies(capsys):
+def test_generate_stays_within_the_positions_of_the_model(finished, capsys):
+    generate = ["generate", "--model", str(finished), "--width", "1"]
+    main([*generate, "12,35,27,19,31,22:49"])
+    capsys.readouterr()
+    for arguments in ([*generate, "1," * 150], [*generate, "--max-new-tokens", "200", "12,35:47"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+        assert "of the model's 128 positions" in capsys.readouterr().err
+
+
+def test_doctor_samples_and_verifies(monkeypatch, capsys):
+    def without_one(name):
+        if name == "deepspeed":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("bridge_rl.doctor.version", without_one)
     main(["doctor"])
-    assert "1/2 = 0.5 is True" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1/2 = 0.5 is True" in told
+    assert "deepspeed is not installed" in told
 
 
 @pytest.mark.parametrize("control", ["rlvr_only", "pmatch"])
@@ -324,10 +345,11 @@ def test_smollm2_takes_three_rlvr_steps(tmp_path):
     assert len(steps) == 3
     assert all(torch.isfinite(torch.tensor([entry["loss"], entry["grad_norm"]])).all() for entry in steps)
     assert all(abs(entry[names.RECOMPUTE_KL]) < 1e-4 for entry in steps)
-    from safetensors.torch import load_file
-
     blocks = load_file(tmp_path / "bridge.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in blocks.items() if "o_proj" in name)
+    loaded = load_model(ModelSection(str(tmp_path)))  # as every `--model` does: its base is one of the package's files
+    assert loaded.state_dict().keys() >= blocks.keys()
+    assert find_state(br.load_bridge(tmp_path)).base_options == {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
 def test_reward_weights_reach_the_trainer():

@@ -26,6 +26,9 @@ from bridge_rl.fingerprint import whole_fingerprint
 from bridge_rl.models import call_users, load_function, load_model, load_tokenizer
 from bridge_rl.report.tables import as_table
 from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.rollout.request import length_limit
+
+GENERATED_TOKENS = 256  # by `bridge-rl generate`, unless asked for another number
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -108,10 +111,10 @@ def generate(args: argparse.Namespace) -> None:
     prompt: Any = args.prompt
     if tokenizer.chat_template is not None:
         prompt = [{"role": "user", "content": args.prompt}]
-    params = SamplingParams(
-        args.max_new_tokens, args.temperature, seed=args.seed, eos_token_id=eos_ids(model, tokenizer)
-    )
-    [group] = generate_groups(model, prompt_tokens(tokenizer, [prompt]), args.width, params)
+    [ids] = prompt_tokens(tokenizer, [prompt])
+    limit = length_limit(model.config, len(ids), args.max_new_tokens, GENERATED_TOKENS)
+    params = SamplingParams(limit, args.temperature, seed=args.seed, eos_token_id=eos_ids(model, tokenizer))
+    [group] = generate_groups(model, [ids], args.width, params)
     for number, (tokens, reason) in enumerate(zip(group.tokens, group.finish_reasons, strict=True)):
         print(f"--- row {number} ({len(tokens)} tokens, {reason})")
         print(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -20,7 +20,7 @@ class Group:
 
     tokens: ids, with the EOS where one was drawn. logprobs: of each token at the sampling temperature.
     finish_reasons: `stop` at an EOS or a stop string, `length` at the limit, `abort` where the rollout was cut short
-    (such a row has the tokens drawn until then, none if its group was never begun).
+    (such a row has the tokens drawn until then, none if its group was never begun or was to start again).
     """
 
     tokens: list[list[int]]
@@ -173,6 +173,22 @@ def check_positions(model: PreTrainedModel, lengths: Sequence[int]) -> None:
 def known_positions(config: PretrainedConfig) -> int | None:
     """How many positions a row may take, its prompt included; None: the model declares no limit."""
     return steady_positions(config) or getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def length_limit(config: PretrainedConfig, num_prompt_tokens: int, asked: int | None, default: int) -> int:
+    """How many tokens a completion may have: those asked for, else `default`, or what the positions leave of it.
+
+    Raises UserError where they leave less than was asked for, or nothing.
+    """
+    context = known_positions(config)
+    room = max(default, asked or 0) if context is None else context - num_prompt_tokens
+    limit = min(default, room) if asked is None else asked
+    if room < max(1, limit):
+        raise UserError(
+            f"The prompt has {num_prompt_tokens} tokens, which leaves {room} of the model's {context} positions: ask "
+            "for no more tokens, or shorten the prompt."
+        )
+    return limit
 
 
 def steady_positions(config: PretrainedConfig) -> int | None:
