@@ -39,6 +39,11 @@ _UNSAFE: tuple[tuple[str, Any, str], ...] = (
     ),
     ("save_only_model", False, "no run could go on exactly from such a checkpoint: leave it off"),
     ("enable_jit_checkpoint", False, "SIGTERM saves by itself: leave it off"),
+    (
+        "push_to_hub",
+        False,
+        "it uploads all of output_dir, completions and logs too: leave it off, and upload the model with hf upload",
+    ),
     ("save_on_each_node", False, "all ranks write into one directory: leave it off, and let the nodes share it"),
     (
         "dataloader_persistent_workers",
@@ -70,11 +75,6 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
         yield "training.dataloader_multiprocessing_context is set without training.dataloader_num_workers: set both."
     if options.get("fsdp"):
         yield "training.fsdp is set: leave it out, and launch with --config_file launch/accelerate/fsdp2.yaml."
-    if options.get("push_to_hub") and options.get("hub_strategy", "every_save") != "end":
-        yield (
-            "training.push_to_hub with a training.hub_strategy other than 'end' uploads checkpoints while they are "
-            "renamed, and without the Bridge: set training.hub_strategy=end, which uploads the trained model."
-        )
     for key in ("per_device_train_batch_size", "num_generations"):
         value = options.get(key)
         if value is not None and value % width != 0:

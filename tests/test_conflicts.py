@@ -47,16 +47,8 @@ UNSAFE = {
     "auto_find_batch_size": True,
     "load_best_model_at_end": True,
     "dataloader_persistent_workers": True,
+    "push_to_hub": True,
 }
-
-
-@pytest.mark.parametrize("strategy", [{}, *({"hub_strategy": name} for name in ("checkpoint", "every_save"))])
-def test_only_the_trained_model_may_be_pushed_to_the_hub(strategy):
-    """Uploads in the background would read a checkpoint that is being renamed."""
-    [found] = safety.conflicts({"push_to_hub": True, **strategy}, width=4)
-    assert "set training.hub_strategy=end" in found
-    assert list(safety.conflicts({"push_to_hub": True, "hub_strategy": "end"}, width=4)) == []
-    assert list(safety.conflicts({"hub_strategy": "checkpoint"}, width=4)) == []
 
 
 def test_every_unsafe_option_is_in_the_table_of_these_tests():

@@ -279,6 +279,32 @@ def test_a_reward_asks_the_verifier_by_whatever_name(tmp_path, monkeypatch, mine
     assert digest_of_reward(section) != before
 
 
+@pytest.mark.parametrize(
+    "reach",
+    [
+        "from PACKAGE.outer import LIMIT",
+        "import PACKAGE.outer as other",
+        "from PACKAGE import outer",
+        "def later():\n    import PACKAGE.outer",
+    ],
+)
+def test_what_a_reward_imports_may_not_change_either(reach, tmp_path, monkeypatch):
+    """A helper's helper, too; what is installed may."""
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    package = tmp_path.name  # another for each test, since Python keeps what it has imported
+    outer, inner, mine = (tmp_path / name for name in ("outer.py", "inner.py", "mine.py"))
+    inner.write_text("LIMIT = 1.0\n")
+    outer.write_text("import math\nimport torch\nfrom .inner import LIMIT\n")
+    mine.write_text(reach.replace("PACKAGE", package) + "\nscore = final_answer = str\n")
+    section = RewardSection(f"{mine}:score")
+    assert settings.own_modules(mine.read_text()).keys() == {f"{package}.outer", f"{package}.inner"}
+    for helper in (inner, outer):
+        before = digest_of_reward(section)
+        assert digest_of_reward(section) == before
+        helper.write_text(helper.read_text() + "# edited\n")
+        assert digest_of_reward(section) != before
+
+
 def test_the_judge_of_a_reward_may_not_change_either(tmp_path):
     judge = tmp_path / "judge.py"
     judge.write_text("score = final_answer = str\n")

@@ -1,9 +1,15 @@
 """What an evaluation is asked for where nobody says, and whether the samples of a directory were asked for the same."""
 
+import ast
 import hashlib
 import json
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
+from sysconfig import get_paths
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,7 +29,7 @@ DIGESTS = {
     "weights": "other weights",
     "problems": "other problems or prompts",
     "prompt_ids": "another chat template or tokenizer",
-    "judging": "another version of the reward's file or of the verifier",
+    "judging": "another version of the reward's file, of what it imports or of the verifier",
 }
 
 
@@ -65,8 +71,8 @@ def first(*values: Any) -> Any:
 
 
 def digest_of_reward(reward: RewardSection) -> str:
-    """Of the file that a reward names, its fixed arguments, and the verifier where that judges, or says which answers
-    are one: another would do it otherwise.
+    """Of the file that a reward names, the modules of the user's own that it imports, its fixed arguments, and the
+    verifier where that judges, or says which answers are one: another would do it otherwise.
 
     Raises UserError if there is no such reward.
     """
@@ -74,12 +80,50 @@ def digest_of_reward(reward: RewardSection) -> str:
     file = getattr(module, "__file__", None)  # a built-in module has none
     content = Path(file).read_bytes() if file else b""
     judges = [hashlib.sha256(content).hexdigest(), reward.kwargs]
+    if own := own_modules(content.decode()):
+        judges.append(own)
     asks = b"verify_answers" in content or any(map(_is_of_verifier, vars(module).values()))
     if asks or not hasattr(module, "final_answer"):  # without one, the verifier's says what is voted on
         judges.append(digest_of_verifier())
     if "judge" in reward.kwargs:  # of a reward that asks another one, as `set_aware.py` does
         judges.append(digest_of_reward(RewardSection(reward.kwargs["judge"])))
     return digest(judges)
+
+
+def own_modules(source: str) -> dict[str, str]:
+    """Name and source of each module that is imported, directly or not, and that no installed package has."""
+    found: dict[str, str] = {}
+    waiting = [(source, "")]
+    while waiting:
+        for name in imported(*waiting.pop()):
+            spec = None if name in found else _own_spec(name)
+            if spec is not None and spec.origin is not None and spec.has_location:
+                found[name] = Path(spec.origin).read_text()
+                waiting.append((found[name], spec.parent or ""))
+    return found
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """Names of what may be modules in the import statements of a module of `package`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+
+
+def _own_spec(name: str) -> ModuleSpec | None:
+    """Where a module is, if it is there and of no installed package."""
+    top = name.partition(".")[0]
+    if top == "bridge_rl" or top in sys.stdlib_module_names:
+        return None
+    try:
+        origin = getattr(find_spec(top), "origin", None)
+        installed = origin is not None and any(Path(origin).is_relative_to(path) for path in get_paths().values())
+        return None if installed else find_spec(name)
+    except (ImportError, AttributeError, ValueError):  # no module, but a function in one
+        return None
 
 
 def _is_of_verifier(value: Any) -> bool:
