@@ -48,4 +48,4 @@ bench: $(READY)  ## the figures in benchmarks/results
 	$(BIN)/python benchmarks/rollout_kl.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

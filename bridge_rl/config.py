@@ -243,7 +243,7 @@ class WarmupSection:
     `min_right` of them are right. mixed: beyond the paper, groups hold wrong completions too, with the loss on the
     right rows only. max_new_tokens: of a completion; None: as in the rollout, whose temperature it is sampled at.
     steps, learning_rate: of the SFT. groups_per_step: per rank. path: where the completions are written, and taken from
-    if they exist.
+    if they exist, whatever `problems` and `samples` say.
     """
 
     problems: int = 512

@@ -19,7 +19,7 @@ from bridge_rl.checkpoint import (
     save_bridge,
 )
 from bridge_rl.config import DataSource, Recipe
-from bridge_rl.data import load_problems, make_prompts
+from bridge_rl.data import load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import PATIENCE, eos_ids
@@ -28,6 +28,7 @@ from bridge_rl.models import (
     load_policy,
     load_reward,
     load_tokenizer,
+    model_config,
     uses_deepspeed,
     uses_fsdp,
 )
@@ -36,6 +37,7 @@ from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.tracking import start_tracking
 from bridge_rl.reward_errors import agreed, together
 from bridge_rl.rollout import RolloutOptions, SamplingParams
+from bridge_rl.rollout.request import steady_positions
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.run_checkpoints import checkpoint_to_resume
 from bridge_rl.run_directory import (
@@ -60,6 +62,7 @@ from bridge_rl.trainer import BridgeGRPOTrainer
 from bridge_rl.warmup import (
     WarmupGroup,
     WarmupStore,
+    check_tokens,
     collect_groups,
     read_groups,
     sample_warmup_groups,
@@ -87,6 +90,7 @@ def train(recipe: Recipe) -> dict[str, float]:
             f"{args.num_generations} generations of one generation batch: add problems or lower the batch."
         )
     eval_set = load_eval_prompts(recipe, tokenizer)
+    check_positions_of(recipe, tokenizer, train_set, eval_set)
     if recipe.warmup is not None:
         warm_up(recipe)
     start_tracking(recipe, resumed=checkpoint is not None)
@@ -205,9 +209,11 @@ def warmup_groups(recipe: Recipe, model: Any, tokenizer: Any, judge: Judge, stop
     assert section is not None
     path = Path(section.path) if section.path else directory / "groups.jsonl"
     if path.is_file():
-        return read_groups(path)
-    rows = load_prompts(recipe, section.data or recipe.data.train, "warmup.data", tokenizer).to_list()
-    rows = rows[: section.problems]
+        groups = read_groups(path)
+        check_tokens(groups, tokenizer, path)
+        return groups
+    source, key = (recipe.data.train, "data.train") if section.data is None else (section.data, "warmup.data")
+    rows = load_prompts(recipe, source, key, tokenizer).to_list()[: section.problems]
     store, rollout = WarmupStore(directory / "sampled"), recipe.rollout
     params = SamplingParams(
         section.max_new_tokens or rollout.max_new_tokens,
@@ -239,6 +245,25 @@ def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def load_prompts(recipe: Recipe, source: DataSource, key: str, tokenizer: Any) -> Dataset:
     problems = load_problems(source, key, recipe.seed)
     return make_prompts(problems, recipe.data, tokenizer)
+
+
+def check_positions_of(recipe: Recipe, tokenizer: Any, train_set: Dataset, eval_set: Dataset | None) -> None:
+    """Raise UserError for a prompt that the rollout would refuse in the step that draws it."""
+    known = steady_positions(model_config(recipe.model))
+    if known is None:
+        return
+    limit = recipe.rollout.max_new_tokens
+    for key, prompts, new in (
+        ("data.train", train_set, limit),
+        ("data.eval", eval_set, recipe.evaluation.max_new_tokens or limit),
+    ):
+        longest = 0 if prompts is None else max(map(len, prompt_tokens(tokenizer, list(prompts["prompt"]))))
+        if longest + new > known:
+            raise UserError(
+                f"{key}: its longest prompt has {longest} tokens, which with completions of {new} are more than the "
+                f"{known} positions beyond which this model's rows change each other: leave such problems out, or "
+                "shorten the completions."
+            )
 
 
 def load_eval_prompts(recipe: Recipe, tokenizer: Any) -> Dataset | None:

@@ -163,6 +163,15 @@ def read_groups(path: Path) -> list[WarmupGroup]:
     return [WarmupGroup(**content) for content in read_lines(path)]
 
 
+def check_tokens(groups: Sequence[WarmupGroup], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raise UserError for completions that other tokens stand for in `tokenizer` than in the one that wrote `path`."""
+    for number, group in enumerate(groups, start=1):
+        if tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True) != group.completions:
+            raise UserError(
+                f"{path}, line {number}, was written with another tokenizer: name another warmup.path, or leave it out."
+            )
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The content of each line, which is a group and may have a number. Raises UserError naming a damaged one."""
     lines = []

@@ -515,6 +515,28 @@ def test_a_damaged_file_of_warm_up_completions_is_named_with_its_line(line, tmp_
     assert "groups.jsonl, line 1, is no warm-up group" in error
 
 
+def test_warm_up_completions_of_another_tokenizer_are_not_taken(tmp_path, no_bars, capsys):
+    group = {"problem": "1", "prompt_ids": [4, 5], "completion_ids": [[4, 5], [6, 7]], "completions": ["ab", "cd"]}
+    (tmp_path / "groups.jsonl").write_text(json.dumps(group | {"correct": [True, True]}) + "\n")
+    error = error_of_tiny(["warmup={path: groups.jsonl, steps: 1}"], capsys)
+    assert "groups.jsonl, line 1, was written with another tokenizer: name another warmup.path" in error
+
+
+@pytest.mark.parametrize(("key", "size"), [("data.train", 16), ("data.eval", 4)])
+def test_a_prompt_that_the_rollout_would_refuse_is_named_before_the_warm_up(key, size, tmp_path, no_weights, capsys):
+    """In a model whose positions beyond the first ones depend on the longest row."""
+    shutil.copytree(TINY_MODEL, tmp_path / "dynamic")
+    config = json.loads((tmp_path / "dynamic" / "config.json").read_text())
+    config |= {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    (tmp_path / "dynamic" / "config.json").write_text(json.dumps(config))
+    rows = [{"problem": "12,35,27,19,31,22:49" * (1 + 4 * (n == 0)), "answer": "49"} for n in range(size)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"{key}={{path: long.jsonl}}"
+    error = error_of_tiny([f"model.path={tmp_path / 'dynamic'}", data, "rollout.max_new_tokens=32"], capsys)
+    assert f"{key}: its longest prompt has" in error
+    assert "128 positions" in error
+
+
 def test_the_warm_up_of_another_recipe_is_not_taken(checkpoint, tmp_path, no_weights, capsys):
     shutil.copytree(checkpoint, tmp_path / "out" / "warmup")
     shutil.copy(TINY, tmp_path / "out" / "warmup" / "recipe.yaml")
