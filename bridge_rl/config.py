@@ -233,6 +233,8 @@ class LoraSection:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"lora.r is {self.r}: it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is {self.dropout:g}: it must be at least 0 and below 1.")
 
 
 @dataclass

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from bridge_rl.config import Recipe
@@ -103,8 +105,25 @@ def check(recipe: Recipe) -> Plan:
     return plan
 
 
+def adapted_modules(model: torch.nn.Module, recipe: Recipe) -> list[torch.nn.Module]:
+    """Those that PEFT puts a LoRA on. Raises UserError for a target that is none, which PEFT leaves out silently."""
+    named = recipe.lora.target_modules
+    found: dict[str, torch.nn.Module] = {}
+    for target in [named] if isinstance(named, str) else named:
+        config = LoraConfig(target_modules=target if isinstance(named, str) else [target])
+        own = {name: m for name, m in model.named_modules() if check_target_module_exists(config, name)}
+        if not own:
+            known = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            raise UserError(
+                f"lora.target_modules: {recipe.model.path} has no module '{target}': its linear ones are "
+                f"{', '.join(sorted(known))}."
+            )
+        found |= own
+    return list(found.values())
+
+
 def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
-    """Counted on the meta device. LoRA is that on every linear layer of the base but the head (PEFT's `all-linear`)."""
+    """Counted on the meta device."""
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config)
@@ -113,12 +132,13 @@ def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
                 f"model.path: {recipe.model.path} is a '{config.model_type}', no causal language model."
             ) from error
         head = model.get_output_embeddings()
-        adapted = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        adapted = linear if recipe.lora.target_modules == "all-linear" else adapted_modules(model, recipe)
         if recipe.bridge is not None:
             attach_bridge(model, recipe.bridge)
-    quantized = {m for m in adapted if recipe.model.quantization is not None}
+    quantized = {m for m in linear if recipe.model.quantization is not None}
     total, new = model.num_parameters(), sum(p.numel() for _, p in bridge_parameters(model))
-    lora = sum(recipe.lora.r * (m.in_features + m.out_features) for m in adapted)
+    lora = sum(recipe.lora.r * sum(m.weight.shape) for m in adapted)
     return Parameters(
         total=total,
         new=new,

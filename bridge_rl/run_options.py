@@ -29,6 +29,9 @@ def prepare_distributed(recipe: Recipe) -> None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(find_file(recipe.launch.deepspeed_config))
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == 3).lower()
+    elif uses_deepspeed() and (file := find_file(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))) is not None:
+        # launch/accelerate names launch/deepspeed, which is there in the clone's root only.
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
     if uses_deepspeed() and not torch.cuda.is_available():
         import deepspeed
 

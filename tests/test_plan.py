@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.cli import main
 from bridge_rl.config import load_recipe
 from bridge_rl.errors import UserError
+from bridge_rl.models import load_model
 from bridge_rl.plan import Batches, check, count_parameters, make_plan, work_out_batches
 from bridge_rl.presets import LLAMA_8B, QWEN_1_5B, QWEN_7B, preset_config
+from bridge_rl.run_options import lora_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = RECIPES / "tiny_arith.yaml"
@@ -146,6 +149,25 @@ def test_what_is_trained_follows_the_mode():
     assert found["full"].trained == base + new
     # r x (in + out) of q, k, v, o (128 -> 128) and gate, up (128 -> 256), down (256 -> 128) in 4 layers.
     assert found["lora"].trained == new + 2 * 4 * (4 * 256 + 3 * 384)
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules"), [("[q_proj]", 4), ("[q_proj, v_proj]", 8), ("'.*[12].self_attn.[kq]_proj'", 4)]
+)
+def test_a_lora_is_counted_on_the_modules_that_it_names(targets, modules):
+    overrides = ["train=lora", "bridge=null", "lora.r=2", f"lora.target_modules={targets}"]
+    recipe = load_recipe(TINY, [*overrides, "warmup=null"])
+    counted = make_plan(recipe).parameters.trained
+    assert counted == 2 * modules * 256
+    model = get_peft_model(load_model(recipe.model), lora_config(recipe))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counted
+
+
+def test_a_lora_on_a_module_that_is_not_there_is_refused():
+    """PEFT leaves it out without a word, if it finds another one."""
+    recipe = load_recipe(TINY, ["train=lora", "lora.target_modules=[q_proj, v_prj]"])
+    with pytest.raises(UserError, match=r"lora\.target_modules: .* has no module 'v_prj': .*q_proj, up_proj, v_proj"):
+        make_plan(recipe)
 
 
 def test_layers_that_carry_no_block_count_nothing():

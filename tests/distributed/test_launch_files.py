@@ -87,6 +87,18 @@ def test_a_launcher_that_asks_for_fsdp_is_not_overruled_by_the_recipes_zero_stag
     assert environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") == (file if turned_on else None)
 
 
+def test_deepspeeds_file_of_a_launcher_is_found_from_another_directory(monkeypatch, tmp_path):
+    environment = {
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "launch/deepspeed/zero2.json",  # as launch/accelerate/zero2.yaml says
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_distributed(SimpleNamespace(launch=LaunchSection()))
+    assert environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(ROOT / "launch/deepspeed/zero2.json")
+
+
 def fsdp_plugin(monkeypatch, changes: dict[str, str]) -> FullyShardedDataParallelPlugin:
     """What accelerate makes of launch/accelerate/fsdp2.yaml with changes."""
     config = load_config_from_file(str(ROOT / "launch/accelerate/fsdp2.yaml")).fsdp_config
