@@ -2,14 +2,17 @@
 
 Deviations from OpenAI's: fields other than those below are refused; `max_tokens` is by default the server's limit;
 `logprobs` gives each sampled token's log-prob at the sampling temperature, EOS included, and no alternatives; the
-response has the `seed` that repeats it. Requests run one after another.
+response has the `seed` that repeats it. Requests run one after another; one whose client goes away is given up.
 """
 
 import argparse
+import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from threading import Lock
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Event
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -22,7 +25,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.command import load_for_sampling
 from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.evaluation.samples import decode_behind
-from bridge_rl.rollout import SamplingParams, generate_groups
+from bridge_rl.rollout import RolloutOptions, SamplingParams, generate_groups
 from bridge_rl.rollout.request import known_positions
 
 try:
@@ -35,6 +38,8 @@ except ModuleNotFoundError as error:
 
 # Bounded also because pydantic refuses lone surrogates, which tokenizers cannot read, only in a bounded string.
 Text = Annotated[str, Field(max_length=2**24)]
+POLL_S = 0.2  # between two looks whether a client is still there
+GRACE_S = 3  # for requests to end by themselves once the server is told to
 
 
 class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
@@ -66,7 +71,7 @@ def serve(args: argparse.Namespace) -> None:
     """Load `args.model` and serve it at `args.host`, `args.port` until interrupted."""
     model, tokenizer = load_for_sampling(args.model)
     app = make_app(model, tokenizer, args.model, args.max_tokens, args.max_width)
-    uvicorn.run(app, host=args.host, port=args.port)
+    uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=GRACE_S)
 
 
 def make_app(
@@ -78,42 +83,50 @@ def make_app(
     app = FastAPI(title="bridge-rl")
     for mistake in (UserError, RequestValidationError):
         app.add_exception_handler(mistake, refuse)
-    lock = Lock()  # one model: its mode, and the tokenizer's settings, are shared by all requests
+    # One thread, as there is one model: its mode, and the tokenizer's settings, are shared by all requests.
+    worker = ThreadPoolExecutor(max_workers=1)
     eos, created = eos_ids(model, tokenizer), int(time.time())
     context = known_positions(model.config)
 
-    def answer(fields: Fields, prompt: Any, prefix: str, kind: str, choice: Callable[..., Any]) -> JSONResponse:
-        check_fields(fields, name, max_tokens, max_width)
+    def sample(fields: Fields, prompt: Any, choice: Callable[..., Any], given_up: Callable[[], bool]) -> dict[str, Any]:
         seed = secrets.randbits(31) if fields.seed is None else fields.seed
-        with lock:
-            [ids] = prompt_tokens(tokenizer, [prompt])
-            room = max_tokens if context is None else context - len(ids)
-            limit = min(max_tokens, room) if fields.max_tokens is None else fields.max_tokens
-            if room < max(1, limit):
-                raise UserError(f"max_tokens: the prompt has {len(ids)} tokens, which leaves {room} of {context}.")
-            params = SamplingParams(limit, fields.temperature, fields.top_p, seed=seed, eos_token_id=eos)
-            [group] = generate_groups(model, [ids], fields.n, params)
-            # 0 is not off: OpenAI's completions mean the sampled tokens without alternatives by it.
-            logprobs = [None] * fields.n if fields.logprobs is None or fields.logprobs is False else group.logprobs
-            rows = [choice(tokenizer, ids[-1], *row) for row in zip(group.tokens, logprobs, strict=True)]
+        [ids] = prompt_tokens(tokenizer, [prompt])
+        room = max_tokens if context is None else context - len(ids)
+        limit = min(max_tokens, room) if fields.max_tokens is None else fields.max_tokens
+        if room < max(1, limit):
+            raise UserError(f"max_tokens: the prompt has {len(ids)} tokens, which leaves {room} of {context}.")
+        params = SamplingParams(limit, fields.temperature, fields.top_p, seed=seed, eos_token_id=eos)
+        [group] = generate_groups(model, [ids], fields.n, params, options=RolloutOptions(cancelled=given_up))
+        # 0 is not off: OpenAI's completions mean the sampled tokens without alternatives by it.
+        logprobs = [None] * fields.n if fields.logprobs is None or fields.logprobs is False else group.logprobs
+        rows = [choice(tokenizer, ids[-1], *row) for row in zip(group.tokens, logprobs, strict=True)]
         for index, row in enumerate(rows):
             row |= {"index": index, "finish_reason": group.finish_reasons[index]}
         used = sum(map(len, group.tokens))
         usage = {"prompt_tokens": len(ids), "completion_tokens": used, "total_tokens": len(ids) + used}
+        return {"seed": seed, "choices": rows, "usage": usage}
+
+    async def answer(
+        request: Request, fields: Fields, prompt: Any, prefix: str, kind: str, choice: Callable[..., Any]
+    ) -> JSONResponse:
+        check_fields(fields, name, max_tokens, max_width)
+        sampled = await in_turn(worker, partial(sample, fields, prompt, choice), request)
+        if sampled is None:
+            return error_response(503, "server_error", "The server is being stopped.")
         head = {"id": f"{prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
-        return JSONResponse({**head, "seed": seed, "choices": rows, "usage": usage})
+        return JSONResponse({**head, **sampled})
 
     @app.post("/v1/completions")
-    def completions(fields: CompletionFields) -> JSONResponse:
-        return answer(fields, fields.prompt, "cmpl", "text_completion", text_choice)
+    async def completions(request: Request, fields: CompletionFields) -> JSONResponse:
+        return await answer(request, fields, fields.prompt, "cmpl", "text_completion", text_choice)
 
     @app.post("/v1/chat/completions")
-    def chat_completions(fields: ChatFields) -> JSONResponse:
+    async def chat_completions(request: Request, fields: ChatFields) -> JSONResponse:
         if tokenizer.chat_template is None:
             raise UserError(f"{name} has no chat template: use /v1/completions.")
         messages = [message.model_dump() for message in fields.messages]
         try:
-            return answer(fields, messages, "chatcmpl", "chat.completion", chat_choice)
+            return await answer(request, fields, messages, "chatcmpl", "chat.completion", chat_choice)
         except TemplateError as error:  # templates refuse orders of roles that they do not know
             raise UserError(f"messages: the model's chat template refuses them: {error}") from error
 
@@ -127,6 +140,28 @@ def make_app(
         return {"status": "ok"}
 
     return app
+
+
+async def in_turn(
+    worker: ThreadPoolExecutor, work: Callable[[Callable[[], bool]], dict[str, Any]], request: Request
+) -> dict[str, Any] | None:
+    """What `work` returns once it had its turn; None if the client goes away or the server ends before.
+
+    Then work that waits is dropped, and work that runs is told so by its argument, to be asked now and then.
+    """
+    given_up = Event()
+    result = asyncio.wrap_future(worker.submit(work, given_up.is_set))
+    try:
+        while not result.done():
+            await asyncio.wait([result], timeout=POLL_S)
+            if not result.done() and await request.is_disconnected():
+                return None
+        return result.result()
+    except asyncio.CancelledError:  # uvicorn cancels what still runs when the server ends
+        return None
+    finally:
+        given_up.set()
+        result.cancel()
 
 
 def check_fields(fields: Fields, name: str, max_tokens: int, max_width: int) -> None:
@@ -147,7 +182,12 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
         field = ".".join(map(str, fault["loc"][1:])) or "body"
         unknown = fault["type"] == "extra_forbidden"
         sentences.append(f"'{field}' is not served: leave it out." if unknown else f"'{field}': {fault['msg']}.")
-    return JSONResponse({"error": {"message": " ".join(sentences), "type": "invalid_request_error"}}, status_code=400)
+    return error_response(400, "invalid_request_error", " ".join(sentences))
+
+
+def error_response(status: int, kind: str, message: str) -> JSONResponse:
+    """In OpenAI's shape."""
+    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
 
 
 def text_choice(

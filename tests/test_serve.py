@@ -2,14 +2,21 @@
 
 import importlib
 import json
+import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from conftest import switch_on
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -153,7 +160,7 @@ def test_spaces_at_the_beginning_of_texts_and_tokens_are_kept(model, monkeypatch
     tokenizer.chat_template = prompt
     rows, ends = [[3, 4, 5, 6, 1], [7, 8, 9, 1]], ["stop", "stop"]
     group = SimpleNamespace(tokens=rows, logprobs=[[-0.5] * 5, [-0.5] * 4], finish_reasons=ends)
-    monkeypatch.setattr(bridge_rl.serve, "generate_groups", lambda *args: [group])
+    monkeypatch.setattr(bridge_rl.serve, "generate_groups", lambda *args, **options: [group])
     client = TestClient(make_app(model, tokenizer, "tiny", 8, 2))
     body = {"prompt": prompt, "n": 2, "logprobs": True}
     paris, euro = client.post("/v1/completions", json=body).json()["choices"]
@@ -236,9 +243,12 @@ def test_a_body_that_is_not_json_is_refused(app):
 def test_max_tokens_is_by_default_what_the_server_and_the_prompt_leave(post, model, tokenizer, monkeypatch):
     limits = []
     generate = bridge_rl.serve.generate_groups
-    monkeypatch.setattr(
-        bridge_rl.serve, "generate_groups", lambda *args: (limits.append(args[3].max_new_tokens), generate(*args))[1]
-    )
+
+    def note(*args: Any, **options: Any) -> list[br.Group]:
+        limits.append(args[3].max_new_tokens)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(bridge_rl.serve, "generate_groups", note)
     post({"prompt": PROMPT})
     post({"prompt": "1" * 120})
     assert limits == [64, 8]
@@ -248,11 +258,11 @@ def test_requests_run_one_after_another(app, post, monkeypatch):
     running, most = [], []
     generate = bridge_rl.serve.generate_groups
 
-    def slow(*args: Any) -> list[br.Group]:
+    def slow(*args: Any, **options: Any) -> list[br.Group]:
         running.append(1)
         most.append(len(running))
         time.sleep(0.02)
-        groups = generate(*args)
+        groups = generate(*args, **options)
         running.pop()
         return groups
 
@@ -265,6 +275,97 @@ def test_requests_run_one_after_another(app, post, monkeypatch):
         thread.join()
     assert most == [1, 1, 1, 1]
     assert got == {seed: texts(post({**BODY, "seed": seed})) for seed in range(4)}
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The URL at which a thread serves `app`."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def hang_up(url: str, seed: int, after: float) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json={**BODY, "seed": seed}, timeout=after)
+
+
+def test_requests_whose_clients_hang_up_are_given_up(app, monkeypatch):
+    """That of seed 1 is long, and cut while it is sampled; that of seed 2 waits for it, and is never begun."""
+    ends: dict[int, set[str]] = {}
+    generate = bridge_rl.serve.generate_groups
+
+    def sample(*args: Any, options: br.RolloutOptions) -> list[br.Group]:
+        seed, end = args[3].seed, time.monotonic() + 10
+        while seed == 1 and not options.cancelled() and time.monotonic() < end:
+            time.sleep(0.01)
+        groups = generate(*args, options=options)
+        ends[seed] = set(groups[0].finish_reasons)
+        return groups
+
+    monkeypatch.setattr(bridge_rl.serve, "generate_groups", sample)
+    with listening(app) as url:
+        long = threading.Thread(target=hang_up, args=(url, 1, 1.5))
+        long.start()
+        time.sleep(0.3)
+        hang_up(url, 2, after=0.3)
+        started = time.monotonic()
+        assert httpx.post(url, json=BODY, timeout=20).status_code == 200
+        assert time.monotonic() - started < 8
+        long.join()
+    assert ends[1] == {"abort"}
+    assert list(ends) == [1, 3]
+
+
+# What the command line does, with steps that take a third of a second and say that they begin.
+SLOW_SERVER = """
+import sys, time
+from bridge_rl import cli
+from bridge_rl.rollout import Rollout
+
+advance = Rollout.advance
+
+def slow(rollout):
+    print("step", flush=True)
+    time.sleep(0.3)
+    advance(rollout)
+
+Rollout.advance = slow
+cli.main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_ends_the_server_while_a_request_runs():
+    """The request would take 19 s: 64 steps."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    command = [sys.executable, "-c", SLOW_SERVER, "serve", "--model", TINY.path, "--port", port]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            with ThreadPoolExecutor() as client:
+                answer = client.submit(post_when_up, f"http://127.0.0.1:{port}/v1/completions")
+                assert server.stdout.readline() == "step\n"
+                started = time.monotonic()
+                server.send_signal(signal.SIGINT)
+                _, log = server.communicate(timeout=10)
+                assert time.monotonic() - started < 10
+        finally:
+            server.kill()
+    assert (server.returncode, "Traceback" in log) == (0, False), log
+    assert (answer.result().status_code, answer.result().json()["error"]["type"]) == (503, "server_error")
+
+
+def post_when_up(url: str) -> httpx.Response:
+    transport = httpx.HTTPTransport(retries=8)  # of connecting; the pauses between grow to a minute in all
+    with httpx.Client(transport=transport, timeout=60) as client:
+        return client.post(url, json={"prompt": "1" * 20, "max_tokens": 64, "n": 16})
 
 
 def test_the_model_is_listed_and_the_server_says_that_it_is_up(app):
