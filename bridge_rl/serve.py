@@ -7,6 +7,7 @@ response has the `seed` that repeats it. Requests run one after another; one who
 
 import argparse
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.data import prompt_tokens
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, first_line
 from bridge_rl.evaluation.command import load_for_sampling
 from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.evaluation.samples import decode_behind
@@ -40,6 +41,11 @@ except ModuleNotFoundError as error:
 Text = Annotated[str, Field(max_length=2**24)]
 POLL_S = 0.2  # between two looks whether a client is still there
 GRACE_S = 3  # for requests to end by themselves once the server is told to
+logger = logging.getLogger(__name__)
+
+
+class SamplingError(RuntimeError):
+    """Why the model cannot sample what was rightly asked for."""
 
 
 class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
@@ -83,6 +89,8 @@ def make_app(
     app = FastAPI(title="bridge-rl")
     for mistake in (UserError, RequestValidationError):
         app.add_exception_handler(mistake, refuse)
+    for fault in (SamplingError, Exception):  # other than the first are raised again, and logged with a traceback
+        app.add_exception_handler(fault, own_up)
     # One thread, as there is one model: its mode, and the tokenizer's settings, are shared by all requests.
     worker = ThreadPoolExecutor(max_workers=1)
     eos, created = eos_ids(model, tokenizer), int(time.time())
@@ -90,13 +98,16 @@ def make_app(
 
     def sample(fields: Fields, prompt: Any, choice: Callable[..., Any], given_up: Callable[[], bool]) -> dict[str, Any]:
         seed = secrets.randbits(31) if fields.seed is None else fields.seed
-        [ids] = prompt_tokens(tokenizer, [prompt])
+        ids = read_prompt(tokenizer, prompt)
         room = max_tokens if context is None else context - len(ids)
         limit = min(max_tokens, room) if fields.max_tokens is None else fields.max_tokens
         if room < max(1, limit):
             raise UserError(f"max_tokens: the prompt has {len(ids)} tokens, which leaves {room} of {context}.")
         params = SamplingParams(limit, fields.temperature, fields.top_p, seed=seed, eos_token_id=eos)
-        [group] = generate_groups(model, [ids], fields.n, params, options=RolloutOptions(cancelled=given_up))
+        try:
+            [group] = generate_groups(model, [ids], fields.n, params, options=RolloutOptions(cancelled=given_up))
+        except UserError as error:  # what was asked for is checked by now: it is the model, or memory
+            raise SamplingError(str(error)) from error
         # 0 is not off: OpenAI's completions mean the sampled tokens without alternatives by it.
         logprobs = [None] * fields.n if fields.logprobs is None or fields.logprobs is False else group.logprobs
         rows = [choice(tokenizer, ids[-1], *row) for row in zip(group.tokens, logprobs, strict=True)]
@@ -125,10 +136,7 @@ def make_app(
         if tokenizer.chat_template is None:
             raise UserError(f"{name} has no chat template: use /v1/completions.")
         messages = [message.model_dump() for message in fields.messages]
-        try:
-            return await answer(request, fields, messages, "chatcmpl", "chat.completion", chat_choice)
-        except TemplateError as error:  # templates refuse orders of roles that they do not know
-            raise UserError(f"messages: the model's chat template refuses them: {error}") from error
+        return await answer(request, fields, messages, "chatcmpl", "chat.completion", chat_choice)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -175,6 +183,19 @@ def check_fields(fields: Fields, name: str, max_tokens: int, max_width: int) -> 
             raise UserError(f"{key} is {value}: it must be from {low} to {high}.")
 
 
+def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """The tokens of a text or of messages. Raises UserError if there are none, or the chat template refuses them."""
+    try:
+        [ids] = prompt_tokens(tokenizer, [prompt])
+    except (TemplateError, TypeError, ValueError) as error:  # such as roles in an order that the template does not know
+        if isinstance(prompt, str):
+            raise
+        raise UserError(f"messages: the model's chat template refuses them: {error}") from error
+    if not ids:
+        raise UserError("The prompt has no tokens: it needs at least one.")
+    return ids
+
+
 def refuse(request: Request, error: Exception) -> JSONResponse:
     """400 in OpenAI's shape, with a sentence for each field at fault."""
     sentences = [] if isinstance(error, RequestValidationError) else [str(error)]
@@ -183,6 +204,15 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
         unknown = fault["type"] == "extra_forbidden"
         sentences.append(f"'{field}' is not served: leave it out." if unknown else f"'{field}': {fault['msg']}.")
     return error_response(400, "invalid_request_error", " ".join(sentences))
+
+
+def own_up(request: Request, error: Exception) -> JSONResponse:
+    """500 in OpenAI's shape: the fault is the model's or the server's, not the request's."""
+    message = f"The server failed ({type(error).__name__}: {first_line(error)}): its log says where."
+    if isinstance(error, SamplingError):
+        message = str(error)
+        logger.error("%s", message)
+    return error_response(500, "server_error", message)
 
 
 def error_response(status: int, kind: str, message: str) -> JSONResponse:

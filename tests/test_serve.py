@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import uvicorn
 from conftest import switch_on
 from fastapi import FastAPI
@@ -181,13 +182,50 @@ def test_chat_needs_a_template(model):
     assert (response.status_code, "no chat template" in response.text) == (400, True)
 
 
-def test_a_template_that_refuses_the_messages_is_the_users_mistake(model):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{{ messages[0]['content'].index('?') }}", "substring not found"),
+    ],
+)
+def test_a_template_that_refuses_the_messages_is_the_users_mistake(model, template, reason):
     tokenizer = load_tokenizer(TINY)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer.chat_template = template
     response = TestClient(make_app(model, tokenizer, "tiny", 8, 2)).post(
         "/v1/chat/completions", json={"messages": CHAT}
     )
-    assert (response.status_code, "roles must alternate" in response.text) == (400, True)
+    assert response.status_code == 400
+    assert f"messages: the model's chat template refuses them: {reason}" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (None, "The model's logits are not finite"),
+        (MemoryError(), "Out of memory with one group of 4 rows at once"),
+        (KeyError("rope"), "The server failed (KeyError: 'rope'): its log says where."),
+        (ValueError("shapes"), "The server failed (ValueError: shapes): its log says where."),
+    ],
+)
+def test_a_fault_of_the_model_is_the_servers(app, model, monkeypatch, fault, sentence):
+    """NaN in what the model computes, or a step that fails."""
+
+    def fail(*args: Any) -> None:
+        raise fault
+
+    if fault is None:
+        embeddings = model.get_input_embeddings()
+        embed = embeddings.forward
+        monkeypatch.setattr(embeddings, "forward", lambda ids: embed(ids) * torch.nan)
+    else:
+        monkeypatch.setattr(br.rollout.Rollout, "advance", fail)
+        monkeypatch.setattr("bridge_rl.rollout.engine.clear_device_cache", lambda **options: None)  # it is slow
+    response = TestClient(app, raise_server_exceptions=False).post("/v1/completions", json=BODY)
+    assert response.status_code == 500
+    assert sentence in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +251,7 @@ def test_a_template_that_refuses_the_messages_is_the_users_mistake(model):
         ({"seed": 2**80}, "it must be from 0 to"),
         ({"logprobs": 5}, "logprobs is 5: it must be from 0 to 1."),
         ({"model": "other"}, "model is 'other': this server has 'tiny'."),
-        ({"prompt": ""}, "Prompt 0 has no tokens"),
+        ({"prompt": ""}, "The prompt has no tokens"),
         ({"prompt": [1, 2]}, "'prompt': Input should be a valid string."),
         ({"prompt": "\ud800"}, "'prompt': Input should be a valid string"),
         ({"prompt": "1" * 120}, "max_tokens: the prompt has 120 tokens, which leaves 8 of 128."),
