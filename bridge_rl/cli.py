@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve = commands.add_parser("serve", help="OpenAI-compatible server: n completions are one group")
     serve.add_argument("--model", required=True, help=model)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
-    serve.add_argument("--port", type=int, default=8000, help="default: 8000")
+    serve.add_argument("--port", type=int, default=8000, help="0 is any that is free; default: 8000")
     serve.add_argument("--max-tokens", type=int, default=1024, help="limit of a request")
     serve.add_argument("--max-width", type=int, default=16, help="limit of a request's n")
     demo = commands.add_parser("demo", help="warm-up, RLVR and evaluation of the embedded model")

@@ -8,10 +8,13 @@ response has the `seed` that repeats it. Requests run one after another; one who
 import argparse
 import asyncio
 import logging
+import os
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from threading import Event
 from typing import Annotated, Any, Literal
@@ -74,10 +77,35 @@ class ChatFields(Fields):
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Load `args.model` and serve it at `args.host`, `args.port` until interrupted."""
-    model, tokenizer = load_for_sampling(args.model)
-    app = make_app(model, tokenizer, args.model, args.max_tokens, args.max_width)
-    uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=GRACE_S)
+    """Load `args.model` and serve it at `args.host`, `args.port` until interrupted.
+
+    It listens before it loads: who connects then waits for the model.
+    """
+    with listen(args.host, args.port) as listener:
+        model, tokenizer = load_for_sampling(args.model)
+        app = make_app(model, tokenizer, args.model, args.max_tokens, args.max_width)
+        host, port = listener.getsockname()[:2]
+        print(f"{args.model} is served at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=GRACE_S))
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again when all has ended
+            server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at the first address of `host`. Raises UserError where none can."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}: it must be from 1 to 65535, or 0 for any that is free.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host is '{host}', which is not found: name an address of this machine.") from error
+    try:
+        return socket.create_server(address, family=family)
+    except OSError as error:
+        raise UserError(
+            f"The server cannot listen at --host {host} --port {port} ({os.strerror(error.errno or 0)}): name another "
+            "port, or another address of this machine."
+        ) from error
 
 
 def make_app(

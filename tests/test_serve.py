@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -28,10 +29,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 import bridge_rl as br
 import bridge_rl.serve
+from bridge_rl.cli import main
 from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
-from bridge_rl.serve import make_app
+from bridge_rl.serve import listen, make_app
 
 TINY = ModelSection("package://bridge_rl/tiny/model")
 PROBLEM = "12,35,27,19,31,22:49"
@@ -361,8 +363,8 @@ def test_requests_whose_clients_hang_up_are_given_up(app, monkeypatch):
     assert list(ends) == [1, 3]
 
 
-# What the command line does, with steps that take a third of a second and say that they begin.
-SLOW_SERVER = """
+LONG = {"prompt": "1" * 20, "max_tokens": 64, "n": 16}  # 64 steps, each of which SLOW_STEPS prolongs
+SLOW_STEPS = """
 import sys, time
 from bridge_rl import cli
 from bridge_rl.rollout import Rollout
@@ -379,31 +381,104 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_ctrl_c_ends_the_server_while_a_request_runs():
-    """The request would take 19 s: 64 steps."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    command = [sys.executable, "-c", SLOW_SERVER, "serve", "--model", TINY.path, "--port", port]
+def test_ctrl_c_ends_the_server_while_a_request_runs(model, tokenizer, monkeypatch):
+    advance, began = br.rollout.Rollout.advance, threading.Event()
+
+    def slow(rollout: br.rollout.Rollout) -> None:
+        began.set()
+        time.sleep(0.3)
+        advance(rollout)
+
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+
+    def ask_and_interrupt() -> httpx.Response:
+        with ThreadPoolExecutor() as client:
+            answer = client.submit(httpx.post, f"http://127.0.0.1:{port}/v1/completions", json=LONG, timeout=60)
+            assert began.wait(20)
+            os.kill(os.getpid(), signal.SIGINT)
+            return answer.result()
+
+    with ThreadPoolExecutor() as clients:
+        asked = []
+
+        def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+            asked.append(clients.submit(ask_and_interrupt))  # it listens by now
+            return model, tokenizer
+
+        monkeypatch.setattr(br.rollout.Rollout, "advance", slow)
+        monkeypatch.setattr(bridge_rl.serve, "load_for_sampling", load)
+        monkeypatch.setattr(bridge_rl.serve, "GRACE_S", 1)
+        started = time.monotonic()
+        main(["serve", "--model", "tiny", "--port", str(port)])
+    assert time.monotonic() - started < 10
+    answer = asked[0].result()
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+
+
+@pytest.mark.slow  # a process that imports everything
+def test_after_ctrl_c_the_process_of_the_server_is_gone():
+    command = [sys.executable, "-c", SLOW_STEPS, "serve", "--model", TINY.path, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
+            url = server.stdout.readline().split()[-1]
             with ThreadPoolExecutor() as client:
-                answer = client.submit(post_when_up, f"http://127.0.0.1:{port}/v1/completions")
+                answer = client.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60)
                 assert server.stdout.readline() == "step\n"
-                started = time.monotonic()
                 server.send_signal(signal.SIGINT)
                 _, log = server.communicate(timeout=10)
-                assert time.monotonic() - started < 10
         finally:
             server.kill()
     assert (server.returncode, "Traceback" in log) == (0, False), log
     assert (answer.result().status_code, answer.result().json()["error"]["type"]) == (503, "server_error")
 
 
-def post_when_up(url: str) -> httpx.Response:
-    transport = httpx.HTTPTransport(retries=8)  # of connecting; the pauses between grow to a minute in all
-    with httpx.Client(transport=transport, timeout=60) as client:
-        return client.post(url, json={"prompt": "1" * 20, "max_tokens": 64, "n": 16})
+def refusal_to_start(monkeypatch, capsys, host: str, port: int) -> str:
+    """What `bridge-rl serve` says before it loads the model."""
+
+    def load(path: str) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(bridge_rl.serve, "load_for_sampling", load)
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--model", "any", "--host", host, "--port", str(port)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "sentence"),
+    [
+        ("127.0.0.1", 99999, "error: --port is 99999: it must be from 1 to 65535, or 0 for any that is free."),
+        ("127.0.0.1", -1, "error: --port is -1: it must be"),
+        ("no.such.host.invalid", 8000, "error: --host is 'no.such.host.invalid', which is not found: name an address"),
+        ("192.0.2.1", 8000, "error: The server cannot listen at --host 192.0.2.1 --port 8000 (Cannot assign requested"),
+    ],
+)
+def test_a_place_where_no_server_can_listen_is_refused_before_the_model_is_loaded(
+    monkeypatch, capsys, host, port, sentence
+):
+    assert refusal_to_start(monkeypatch, capsys, host, port).startswith(sentence)
+
+
+def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
+    with listen("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        assert f"--port {port} (Address already in use)" in refusal_to_start(monkeypatch, capsys, "127.0.0.1", port)
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_server_says_where_it_listens(model, tokenizer, monkeypatch, capsys, host, shown):
+    listeners = []
+    monkeypatch.setattr(bridge_rl.serve, "load_for_sampling", lambda path: (model, tokenizer))
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda server, sockets: listeners.extend(s.getsockname() for s in sockets)
+    )
+    main(["serve", "--model", "tiny", "--host", host, "--port", "0"])
+    [(address, port, *_)] = listeners
+    assert address == host
+    assert capsys.readouterr().out == f"tiny is served at http://{shown}:{port}\n"
 
 
 def test_the_model_is_listed_and_the_server_says_that_it_is_up(app):
