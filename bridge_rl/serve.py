@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import secrets
 import socket
 import time
@@ -23,6 +24,7 @@ from uuid import uuid4
 from jinja2 import TemplateError
 from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError, first_line
@@ -44,6 +46,7 @@ except ModuleNotFoundError as error:
 Text = Annotated[str, Field(max_length=2**24)]
 POLL_S = 0.2  # between two looks whether a client is still there
 GRACE_S = 3  # for requests to end by themselves once the server is told to
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # in vocabularies like GPT-2's
 logger = logging.getLogger(__name__)
 
 
@@ -267,6 +270,22 @@ def chat_choice(
     """One row as chat completions have it."""
     choice = text_choice(tokenizer, before, tokens, logprobs)
     if logprobs is not None:
-        pairs = zip(choice["logprobs"]["tokens"], logprobs, strict=True)
-        choice["logprobs"] = {"content": [{"token": t, "logprob": x, "top_logprobs": []} for t, x in pairs]}
+        content = []
+        for token, piece, logprob in zip(tokens, choice["logprobs"]["tokens"], logprobs, strict=True):
+            own = token_bytes(tokenizer, token, piece)
+            content.append({"token": piece, "logprob": logprob, "bytes": own, "top_logprobs": []})
+        choice["logprobs"] = {"content": content}
     return {"message": {"role": "assistant", "content": choice.pop("text")}, **choice}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, piece: str) -> list[int] | None:
+    """Those of `piece`, the token's text; of a part of a character, those that its name in the vocabulary stands for.
+
+    None where neither tells.
+    """
+    if "\N{REPLACEMENT CHARACTER}" not in piece:
+        return list(piece.encode())
+    name = tokenizer.convert_ids_to_tokens(token)
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece
+        return [int(name[3:5], 16)]
+    return [BYTE_OF[character] for character in name] if BYTE_OF.keys() >= set(name) else None

@@ -33,7 +33,7 @@ from bridge_rl.cli import main
 from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
-from bridge_rl.serve import listen, make_app
+from bridge_rl.serve import listen, make_app, token_bytes
 
 TINY = ModelSection("package://bridge_rl/tiny/model")
 PROBLEM = "12,35,27,19,31,22:49"
@@ -170,9 +170,23 @@ def test_spaces_at_the_beginning_of_texts_and_tokens_are_kept(model, monkeypatch
     assert (paris["text"], euro["text"]) == (" Paris is big.", "\N{EURO SIGN}")
     assert paris["logprobs"]["tokens"] == [" Paris", " is", " big", ".", "</s>"]
     body = {"messages": CHAT, "n": 2, "logprobs": True}
-    chat = client.post("/v1/chat/completions", json=body).json()["choices"][0]
-    assert chat["message"]["content"] == " Paris is big."
-    assert [item["token"] for item in chat["logprobs"]["content"]] == paris["logprobs"]["tokens"]
+    paris_chat, euro_chat = client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert paris_chat["message"]["content"] == " Paris is big."
+    assert [item["token"] for item in paris_chat["logprobs"]["content"]] == paris["logprobs"]["tokens"]
+    assert [bytes(item["bytes"]) for item in paris_chat["logprobs"]["content"]][:2] == [b" Paris", b" is"]
+    assert [item["bytes"] for item in euro_chat["logprobs"]["content"]] == [[0xE2], [0x82], [0xAC], list(b"</s>")]
+
+
+def test_parts_of_characters_have_their_bytes_in_vocabularies_like_gpt2s():
+    """A space with two bytes of a euro sign, its third byte, a whole character, and one that stands for no bytes."""
+    names = ["\u0120\u00e2\u0124", "\u00ac", "\u0120\u00c3\u00a9", "\ufffd"]
+    tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="\ufffd"))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    pieces = [tokenizer.decode([number]) for number in range(4)]
+    assert pieces == [" \ufffd", "\ufffd", " \u00e9", "\ufffd"]
+    found = [token_bytes(tokenizer, number, piece) for number, piece in enumerate(pieces)]
+    assert found == [[0x20, 0xE2, 0x82], [0xAC], [0x20, 0xC3, 0xA9], None]
 
 
 def test_chat_needs_a_template(model):
