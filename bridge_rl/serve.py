@@ -32,7 +32,7 @@ from bridge_rl.evaluation.command import load_for_sampling
 from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.evaluation.samples import decode_behind
 from bridge_rl.rollout import RolloutOptions, SamplingParams, generate_groups
-from bridge_rl.rollout.request import known_positions
+from bridge_rl.rollout.request import length_limit
 
 try:
     import uvicorn
@@ -125,15 +125,11 @@ def make_app(
     # One thread, as there is one model: its mode, and the tokenizer's settings, are shared by all requests.
     worker = ThreadPoolExecutor(max_workers=1)
     eos, created = eos_ids(model, tokenizer), int(time.time())
-    context = known_positions(model.config)
 
     def sample(fields: Fields, prompt: Any, choice: Callable[..., Any], given_up: Callable[[], bool]) -> dict[str, Any]:
         seed = secrets.randbits(31) if fields.seed is None else fields.seed
         ids = read_prompt(tokenizer, prompt)
-        room = max_tokens if context is None else context - len(ids)
-        limit = min(max_tokens, room) if fields.max_tokens is None else fields.max_tokens
-        if room < max(1, limit):
-            raise UserError(f"max_tokens: the prompt has {len(ids)} tokens, which leaves {room} of {context}.")
+        limit = length_limit(model.config, len(ids), fields.max_tokens, max_tokens)
         params = SamplingParams(limit, fields.temperature, fields.top_p, seed=seed, eos_token_id=eos)
         try:
             [group] = generate_groups(model, [ids], fields.n, params, options=RolloutOptions(cancelled=given_up))

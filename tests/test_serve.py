@@ -270,7 +270,7 @@ def test_a_fault_of_the_model_is_the_servers(app, model, monkeypatch, fault, sen
         ({"prompt": ""}, "The prompt has no tokens"),
         ({"prompt": [1, 2]}, "'prompt': Input should be a valid string."),
         ({"prompt": "\ud800"}, "'prompt': Input should be a valid string"),
-        ({"prompt": "1" * 120}, "max_tokens: the prompt has 120 tokens, which leaves 8 of 128."),
+        ({"prompt": "1" * 120}, "The prompt has 120 tokens, which leaves 8 of the model's 128 positions"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "'messages.0.content': Input should be a valid string"),
         ({"messages": []}, "'messages': List should have at least 1 item"),
         ({"messages": [{"role": "user", "content": "1", "name": "x"}]}, "'messages.0.name' is not served"),
@@ -510,7 +510,7 @@ def test_completions_end_before_rows_would_change_each_others_positions(model, t
     assert response.status_code == 200, response.text
     refused = client.post("/v1/completions", json={"prompt": "1" * 22, "max_tokens": 19})
     assert refused.status_code == 400
-    assert "the prompt has 22 tokens, which leaves 18 of 40" in refused.text
+    assert "has 22 tokens, which leaves 18 of the model's 40 positions" in refused.text
 
 
 def test_limits_below_one_are_refused(model, tokenizer):
