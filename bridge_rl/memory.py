@@ -12,8 +12,9 @@ all of them. To these add, where every row is as long as it may be:
   (all gradients, and what the step makes besides).
 
 What a layer keeps for its backward pass depends on what is trained: a frozen weight's input is not kept. A checkpointed
-layer keeps its input, and the rest comes once, for the layer that is computed again (reentrant or not). A warm-up,
-which trains less, is not planned. Not in it either are the CUDA context and what the allocator cannot use.
+layer keeps its input, and the rest comes once, for the layer that is computed again (reentrant or not). A warm-up is
+not planned: it trains less, but its rows are padded, have a prompt each, and all their logits at once. Not in it either
+are the CUDA context and what the allocator cannot use.
 
 Counted by hand from the operations of Llama and Qwen2, and measured against them on CPU by `benchmarks/memory.py`. What
 is a GPU's (bf16 under autocast, kernels), DDP's and DeepSpeed's is derived, not measured.

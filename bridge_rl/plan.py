@@ -219,6 +219,12 @@ def describe_memory(recipe: Recipe, plan: Plan) -> list[str]:
             terms = sorted(moment.terms.items(), key=lambda term: -term[1])
             listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in terms if size >= GIB / 200)
             lines.append(f"  {moment.phase + ':':27} {moment.total / GIB:6.2f} = {listed or 'below 0.01 each'}")
+    if recipe.warmup is not None:
+        rows = recipe.warmup.groups_per_step * recipe.warmup.samples
+        lines.append(
+            f"  {'warm-up:':27} not planned: up to {rows} rows at once, with a prompt and all logits each "
+            "(warmup.groups_per_step)"
+        )
     if budget and memory.peak / GIB > budget:
         lines.append("memory: the estimate is above launch.gpu_memory_gb: lower the micro-batch, lengths or max_rows.")
     return lines
