@@ -5,7 +5,7 @@ A file may begin with `extends: other.yaml` (relative to itself): its own keys a
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,19 +18,50 @@ from bridge_rl.errors import UserError
 STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
+# As in YAML 1.2 and JSON: `1e-6` is a number and `010` is 10. PyYAML takes the one for text and the other for 8.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": rf"[-+]?(?:{_DIGITS}|0x[0-9a-fA-F]+)$",
+    "tag:yaml.org,2002:float": (
+        rf"[-+]?(?:(?:{_DIGITS}\.?(?:{_DIGITS})?|\.{_DIGITS})(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$"
+        r"|\.(?:nan|NaN|NAN)$"
+    ),
+}
+_NOT_AS_PYYAML = (*_NUMBERS, "tag:yaml.org,2002:timestamp")
+
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-6` as the number that it is in YAML 1.2 and JSON; PyYAML alone takes it for text."""
+    """Reads numbers as `_NUMBERS` says and dates as text, and refuses a key that stands twice in one section."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Before `<<` is worked out, which may well bring in a key that stands here.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{key.value}' stands twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """Inverse of `_Loader`: puts quotes around a text such as `1e-6`."""
+    """Inverse of `_Loader`: puts quotes around a text that it, or PyYAML alone, takes for something else."""
 
 
-for _cls in (_Loader, _Dumper):
-    _cls.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NOT_AS_PYYAML]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    for _cls in (_Loader, _Dumper):
+        _cls.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda _, node: int(node.value, 16 if "0x" in node.value.lower() else 10)
+)
 
 T = TypeVar("T")
 
@@ -38,11 +69,28 @@ T = TypeVar("T")
 def validate(kind: type[T], content: dict[str, Any], path: Path) -> T:
     """`content`, which was read from `path`, as the dataclass `kind`. Raises UserError for the first thing wrong."""
     try:
-        return TypeAdapter(kind).validate_python(content)
+        made = TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         # An unknown key first: it is often why another one is missing.
         first = min(error.errors(), key=lambda found: found["type"] not in UNKNOWN_KEY)
         raise UserError(f"{path}: {_sentence(first, kind)}") from error
+    for key, value in _switches_for_numbers(content, made):
+        word = "yes" if value else "no"
+        raise UserError(f"{path}: the key '{key}' is {value} (YAML takes {word} for that): it must be a number.")
+    return made
+
+
+def _switches_for_numbers(content: Any, made: Any, key: str = "") -> Iterator[tuple[str, bool]]:
+    """Keys and values of `content` that are true or false, and that pydantic has taken for 1 or 0 in `made`."""
+    if isinstance(content, bool) and type(made) in (int, float):
+        yield key, content
+    elif isinstance(content, list) and isinstance(made, list):
+        for number, (inner, inner_made) in enumerate(zip(content, made, strict=True)):
+            yield from _switches_for_numbers(inner, inner_made, f"{key}.{number}")
+    elif isinstance(content, dict):
+        for name, inner in content.items():
+            inner_made = made[name] if isinstance(made, dict) else getattr(made, name, None)
+            yield from _switches_for_numbers(inner, inner_made, f"{key}.{name}".lstrip("."))
 
 
 def read_yaml(path: Path, what: str = "recipe", extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -54,7 +102,7 @@ def read_yaml(path: Path, what: str = "recipe", extended_by: tuple[Path, ...] = 
         raise UserError(f"There is no {what} {path}{place}{cure}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a number of 5000 digits
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is empty or no mapping: a {what} has keys, each with a value.")
@@ -96,9 +144,10 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         content = content[section]
     try:
         content[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
+        why = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         raise UserError(
-            f"The argument '{override}' has a value that is not valid YAML: mind quotes and brackets."
+            f"The argument '{override}' has a value that is not valid YAML ({why}): mind quotes and brackets."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bridge_rl.config import load_recipe
 from bridge_rl.errors import UserError
@@ -90,7 +91,19 @@ def test_without_a_bridge_the_bridge_cannot_be_what_is_trained():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1e-6", 1e-6), ("1.0e-6", 1e-6), ("2E+3", 2000.0), ("-5e-1", -0.5), ("0.001", 0.001), ("3", 3)],
+    [
+        ("1e-6", 1e-6),
+        ("1.0e-6", 1e-6),
+        ("1.5e3", 1500.0),
+        ("2E+3", 2000.0),
+        ("-5e-1", -0.5),
+        ("0.001", 0.001),
+        (".5", 0.5),
+        ("3", 3),
+        ("010", 10),
+        ("1_000", 1000),
+        ("0x1F", 31),
+    ],
 )
 def test_numbers_are_numbers_in_typed_and_in_free_sections(text, number, tmp_path):
     recipe = load_recipe(TINY, [f"training.learning_rate={text}"])
@@ -108,6 +121,28 @@ def test_a_quoted_number_and_a_name_stay_text():
     recipe = load_recipe(TINY, ["training.save_strategy='no'", "output_dir='1e-6'"])
     assert recipe.training["save_strategy"] == "no"
     assert recipe.output_dir == "1e-6"
+
+
+@pytest.mark.parametrize("text", ["2026-11-30", "2026-13-45", "0x_", "1:30", "'010'"])
+def test_a_date_and_what_is_nearly_a_number_are_text(text, tmp_path):
+    recipe = load_recipe(TINY, [f"logging.name={text}"])
+    assert recipe.logging.name == text.strip("'")
+    assert load_recipe(write(tmp_path / "r.yaml", recipe.to_yaml())) == recipe
+    assert load_recipe(write(tmp_path / "e.yaml", f"extends: {TINY}\nlogging: {{name: {text}}}\n")) == recipe
+    assert yaml.safe_load(recipe.to_yaml())["logging"]["name"] == recipe.logging.name  # as others read it
+
+
+def test_a_merge_is_no_key_that_stands_twice(tmp_path):
+    text = """
+data:
+  train: &source {path: a, size: 1}
+  eval: {<<: *source, size: 2}
+model: {path: a}
+rewards: [{function: b}]
+output_dir: c
+"""
+    data = load_recipe(write(tmp_path / "r.yaml", text)).data
+    assert (data.eval.path, data.train.size, data.eval.size) == ("a", 1, 2)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
