@@ -124,7 +124,7 @@ def unknown_options(recipe: Recipe) -> Iterator[str]:
         if key in MANAGED:
             yield f"training.{key} is decided elsewhere: use {MANAGED[key]}."
         elif key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(key.lower(), known, 1)
             yield f"unknown key 'training.{key}'" + (f": did you mean '{near[0]}'?" if near else ".")
         elif WITHOUT_EFFECT.fullmatch(key):
             yield f"training.{key} has no effect here: leave it out."

@@ -6,6 +6,8 @@ A file may begin with `extends: other.yaml` (relative to itself): its own keys a
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from bridge_rl.errors import UserError
 
 STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+MISSING_KEY = ("missing", "missing_argument")
 
 _DIGITS = "[0-9]+(?:_[0-9]+)*"
 # As in YAML 1.2 and JSON: `1e-6` is a number and `010` is 10. PyYAML takes the one for text and the other for 8.
@@ -73,7 +76,7 @@ def validate(kind: type[T], content: dict[str, Any], path: Path) -> T:
     except ValidationError as error:
         # An unknown key first: it is often why another one is missing.
         first = min(error.errors(), key=lambda found: found["type"] not in UNKNOWN_KEY)
-        raise UserError(f"{path}: {_sentence(first, kind)}") from error
+        raise UserError(f"{path}: {_sentence(first, kind, content)}") from error
     for key, value in _switches_for_numbers(content, made):
         word = "yes" if value else "no"
         raise UserError(f"{path}: the key '{key}' is {value} (YAML takes {word} for that): it must be a number.")
@@ -131,19 +134,39 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Lay one `key=value` over `content`; dots in the key go into sections."""
+    """Lay one `key=value` over `content`; dots in the key go into sections, numbers into lists (`rewards.0.weight`)."""
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"The argument '{override}' is not key=value, such as rollout.width=8.")
     *sections, last = key.removeprefix("--").split(".")
-    for section in sections:
-        if content.get(section) is None:
-            content[section] = {}
-        if not isinstance(content[section], dict):
-            raise UserError(f"The argument '{override}' goes into '{section}', which is not a section.")
-        content = content[section]
+    inner: Any = content
+    for name in sections:
+        place = _place(inner, name, override)
+        section = inner[place] if isinstance(inner, list) else inner.get(place)
+        if not isinstance(section, dict | list | None):
+            raise UserError(f"The argument '{override}' goes into '{name}', which is not a section.")
+        # A copy, as an anchor may have put the same section in a second place.
+        inner[place] = {} if section is None else copy(section)
+        inner = inner[place]
+    inner[_place(inner, last, override)] = _read_value(value, override)
+
+
+def _place(section: dict[str, Any] | list[Any], name: str, override: str) -> Any:
+    """What `name` is in a section, or in a list: the number of an entry that is there."""
+    if isinstance(section, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(section):
+        there = f"from 0 to {len(section) - 1}" if section else "but the list is empty"
+        raise UserError(
+            f"The argument '{override}' goes into a list by '{name}': name an entry by its number, {there}."
+        )
+    return int(name)
+
+
+def _read_value(text: str, override: str) -> Any:
+    """The value of an override: YAML, but text where YAML would take a part of it (`#### (.+)`) for a comment."""
     try:
-        content[last] = yaml.load(value, _Loader)
+        return text if _has_comment(text) else yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         why = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         raise UserError(
@@ -151,24 +174,42 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         ) from error
 
 
-def _sentence(error: ErrorDetails, kind: type) -> str:
-    """One sentence for the first thing pydantic found wrong."""
-    # Tags such as "function-after[...]" or a dataclass name come between a union and its members.
-    keys = [str(part) for part in error["loc"] if not str(part)[:1].isupper() and "[" not in str(part)]
+def _has_comment(text: str) -> bool:
+    """Whether there is a `#` between two tokens, where only blanks and comments are."""
+    tokens = pairwise(yaml.scan(text, _Loader))
+    return any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in tokens)
+
+
+def _sentence(error: ErrorDetails, kind: type, content: Any) -> str:
+    """One sentence for the first thing that pydantic found wrong in `content`."""
+    keys = _keys(error, content)
     key = ".".join(keys)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] in UNKNOWN_KEY:
         return f"unknown key '{key}'{nearest(keys[-1], _known_keys(keys[:-1], kind))}"
-    if error["type"] in ("missing", "missing_argument"):
+    if error["type"] in MISSING_KEY:
         return f"the key '{key}' is missing."
     return f"the key '{key}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
 
 
+def _keys(error: ErrorDetails, content: Any) -> list[str]:
+    """Where the error is. Pydantic's tags, as "function-after[...]", come between a union and its members: left out."""
+    keys = []
+    for part in map(str, error["loc"]):
+        entries = dict(enumerate(content)) if isinstance(content, list) else content
+        inside = {str(key): entry for key, entry in entries.items()} if isinstance(entries, dict) else {}
+        if part in inside:
+            keys.append(part)
+            content = inside[part]
+    return [*keys, str(error["loc"][-1])] if error["type"] in MISSING_KEY else keys
+
+
 def nearest(key: str, known: Sequence[str]) -> str:
-    """`: did you mean 'x'?` for an unknown key, or the known ones where none is near."""
-    near = difflib.get_close_matches(key, known, 1)
-    return f": did you mean '{near[0]}'?" if near else f": known are {', '.join(known)}."
+    """`: did you mean 'x'?` for an unknown key, or the known ones where none is near. Capitals make no difference."""
+    small = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(key.lower(), small, 1)
+    return f": did you mean '{small[near[0]]}'?" if near else f": known are {', '.join(known)}."
 
 
 def _known_keys(sections: list[str], kind: type) -> list[str]:

@@ -121,6 +121,13 @@ def test_a_recipe_that_is_not_there_is_answered_with_the_nearest(command, no_wei
 OVERRIDES = {
     "unknown key": ("rolout.width=4", ["tiny_arith.yaml", "'rolout'", "did you mean 'rollout'?"]),
     "unknown key of a section": ("rollout.widht=4", ["'rollout.widht'", "did you mean 'width'?"]),
+    "a capital": ("SEED=1", ["unknown key 'SEED': did you mean 'seed'?"]),
+    "a section with a capital": ("Rollout.width=4", ["unknown key 'Rollout': did you mean 'rollout'?"]),
+    "a capital in a section": ("rollout.Width=8", ["unknown key 'rollout.Width': did you mean 'width'?"]),
+    "a capital in a reward": ("rewards=[{Function: a}]", ["'rewards.0.Function': did you mean 'function'?"]),
+    "a capital in training": ("training.Beta=1", ["'training.Beta': did you mean 'beta'?"]),
+    "a bracket": ("rewards[0].weight=2", ["unknown key 'rewards[0]': did you mean 'rewards'?"]),
+    "a number for a key": ("rollout={1: 2}", ["'rollout.1' is 1", "keys should be strings"]),
     "unknown key of data": ("data.train.pth=4", ["'data.train.pth'", "did you mean 'path'?"]),
     "unknown key of a reward": ("rewards=[{functon: a}]", ["'rewards.0.functon'", "did you mean 'function'?"]),
     "unknown key of training": (
@@ -136,6 +143,9 @@ OVERRIDES = {
     "yes for a number": ("rollout.width=yes", ["tiny_arith.yaml", "'rollout.width' is True", "must be a number"]),
     "no for a number in a list": ("bridge.layers=[no]", ["'bridge.layers.0' is False", "must be a number"]),
     "value for a section": ("rollout=4", ["'rollout' is 4"]),
+    "an entry that a list lacks": ("rewards.1.weight=2", ["'rewards.1.weight=2'", "by its number, from 0 to 0"]),
+    "a name for an entry": ("rewards.weight=2", ["goes into a list by 'weight'", "by its number, from 0 to 0"]),
+    "comment behind a number": ("rollout.width=8 # wide", ["'rollout.width' is '8 # wide'", "integer"]),
     "list for training": ("training=[1]", ["'training' is [1]", "dictionary"]),
     "unknown choice": ("train=some", ["'train' is 'some'", "'bridge', 'lora' or 'full'"]),
     "unknown kind of block": ("bridge.kind=mlp", ["'bridge.kind' is 'mlp'", "'bridge' or 'pmatch'"]),

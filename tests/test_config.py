@@ -62,6 +62,34 @@ def test_an_override_may_start_with_dashes_and_hold_an_equals_sign():
     assert recipe.data.prompt == "{problem} x=?"
 
 
+def test_an_override_goes_into_a_list():
+    recipe = load_recipe(TINY, ["rewards.0.weight=2", "evaluation.widths.1=3"])
+    assert [(reward.function, reward.weight) for reward in recipe.rewards] == [("rewards/two_tries.py:correct", 2.0)]
+    assert recipe.evaluation.widths == [1, 3, 4, 8]
+
+
+def test_an_override_reaches_one_of_two_sections_of_an_anchor(tmp_path):
+    file = write(tmp_path / "r.yaml", f"extends: {TINY}\ndata: {{train: &source {{path: a}}, eval: *source}}\n")
+    data = load_recipe(file, ["data.train.size=3"]).data
+    assert (data.train.size, data.eval.size) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("#### (.+)", "#### (.+)"),
+        ("Think. # Then answer", "Think. # Then answer"),
+        ("Think: # yes", "Think: # yes"),
+        ("Problem #1", "Problem #1"),
+        ("a#b", "a#b"),
+        ("'a # b'", "a # b"),
+        ('"a # b"', "a # b"),
+    ],
+)
+def test_a_hash_cuts_nothing_off_an_override(text, value):
+    assert load_recipe(TINY, [f"data.system_prompt={text}"]).data.system_prompt == value
+
+
 def test_null_switches_a_section_off():
     assert load_recipe(TINY, ["warmup=null"]).warmup is None
     assert load_recipe(TINY, ["data.eval=null"]).data.eval is None
@@ -221,6 +249,8 @@ def test_the_matched_control_differs_in_the_kind_of_block_alone(path):
         ("bridge.num_head=4", "bridge.num_head", "num_heads"),
         ("data.train.answer_colum=a", "data.train.answer_colum", "answer_column"),
         ("rewards=[{functon: a}]", "rewards.0.functon", "function"),
+        ("rewards.0.wieght=2", "rewards.0.wieght", "weight"),
+        ("data.eval.Path=a", "data.eval.Path", "path"),
         ("warmup.data={path: a, pth: b}", "warmup.data.pth", "path"),
     ],
 )
