@@ -52,7 +52,7 @@ class DataSource:
 
     path: hub id, directory, a `.jsonl`, `.json` or `.parquet` file, or `package.module:function`, which is called with
         `kwargs` and returns rows.
-    name, split, revision: of a data set on a hub, as in `load_dataset`.
+    name, split, revision: of a data set on a hub (name and split of a directory, too), as in `load_dataset`.
     problem_column, answer_column: where they are in a row.
     answer_pattern: a regular expression whose first group is the answer (GSM8K: `#### (.+)`); None: the whole column.
     check_answers: refuse (true) or `drop` rows whose answer math-verify cannot read; false for other checkers.
@@ -63,7 +63,8 @@ class DataSource:
     name: str | None = None
     split: str = "train"
     revision: str | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    # Null for those that a recipe inherits, over which {} would be laid without effect.
+    kwargs: Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else v)] = field(default_factory=dict)
     problem_column: str = "problem"
     answer_column: str = "answer"
     answer_pattern: str | None = None

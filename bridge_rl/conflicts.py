@@ -20,7 +20,7 @@ from trl import GRPOConfig
 from bridge_rl import safety
 from bridge_rl.checkpoint import is_bridge_checkpoint, other_model, read_config
 from bridge_rl.config import DataSource, Recipe
-from bridge_rl.data import check_path
+from bridge_rl.data import check_path, unread_keys
 from bridge_rl.errors import UserError
 from bridge_rl.models import adapter_conflict, load_reward, quantization_config, resolve_path
 from bridge_rl.report import names
@@ -108,6 +108,7 @@ def find_conflicts(recipe: Recipe, config: PreTrainedConfig, batches: "Batches",
     yield from batch_conflicts(recipe, batches)
     yield from file_conflicts(recipe)
     yield from guard_conflicts(recipe, config)
+    yield from evaluation_conflicts(recipe)
     yield from metric_conflicts(recipe)
     yield from part_conflicts(recipe.training, config, recipe.update)
     yield from checkpoint_conflicts(recipe)
@@ -173,6 +174,7 @@ def source_conflicts(source: DataSource, key: str) -> Iterator[str]:
         check_path(source, key)
     except UserError as error:
         yield str(error)
+    yield from unread_keys(source, key)
     if source.size is not None and source.size < 1:
         yield f"{key}.size is {source.size}: it must be at least 1."
     try:
@@ -212,6 +214,14 @@ def guard_conflicts(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
             "model.quantization is int8, which rounds activations by the batch, so that training's log-probs differ "
             "from the rollout's (by a KL of 0.02 for SmolLM2-135M, and guards.max_rollout_kl is "
             f"{recipe.guards.max_rollout_kl:g}): set guards.max_rollout_kl=0.1 or null, or model.quantization=nf4."
+        )
+
+
+def evaluation_conflicts(recipe: Recipe) -> Iterator[str]:
+    if recipe.evaluation.every is not None and recipe.data.eval is None:
+        yield (
+            f"evaluation.every is {recipe.evaluation.every}, but data.eval is null, so nothing is evaluated: name "
+            "held-out problems there, or set evaluation.every=null."
         )
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def load_problems(source: DataSource, key: str, seed: int) -> list[dict[str, Any
 def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
     path = Path(source.path)
     check_path(source, key)
+    for problem in unread_keys(source, key):
+        raise UserError(problem)
     if path.suffix in FILE_FORMATS:
         if path.stat().st_size == 0:
             raise UserError(f"{key}.path: {path} is empty.")
@@ -119,6 +122,24 @@ def check_path(source: DataSource, key: str) -> None:
         import_function(source.path, f"{key}.path")
     elif source.path.startswith(("/", ".", "~")) and not path.is_dir():
         raise UserError(f"{key}.path: there is no directory {path}.")
+
+
+def unread_keys(source: DataSource, key: str) -> Iterator[str]:
+    """What a source sets and nothing reads, so that its problems would not be the ones that were asked for."""
+    unread: tuple[str, ...]
+    if source.path.endswith(FILE_FORMATS):
+        kind, unread = "a file", ("kwargs", "name", "split", "revision")
+    elif is_function(source.path):
+        kind, unread = "a function", ("name", "split", "revision")
+    elif Path(source.path).is_dir():
+        kind, unread = "a directory", ("kwargs", "revision")
+    else:
+        kind, unread = "a data set on the hub", ("kwargs",)
+    for name in unread:
+        value = getattr(source, name)
+        if value != getattr(DataSource(source.path), name):
+            unset = "train" if name == "split" else "null"
+            yield f"{key}.{name} is {value!r}, but {source.path} is {kind}, which has none: set {key}.{name}={unset}."
 
 
 def is_function(path: str) -> bool:

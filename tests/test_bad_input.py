@@ -243,6 +243,20 @@ OVERRIDES = {
     "data that is not on the hub": ("data.train={path: no/such-set}", ["data.train.path", "no/such-set", "dataset"]),
     "data of a module that is not there": ("data.train={path: 'no.such:rows'}", ["data.train.path", "no.such:rows"]),
     "data function called wrongly": ("data.train.kwargs={colour: 3}", ["data.train.kwargs", "bridge_rl.tiny.task"]),
+    "kwargs of a file": (
+        "data.train.path=p.jsonl",
+        ["data.train.kwargs is {", "p.jsonl is a file", "set data.train.kwargs=null"],
+    ),
+    "split of a file": ("data.eval={path: p.jsonl, split: test}", ["p.jsonl is a file", "set data.eval.split=train"]),
+    "name of a file": ("data.train={path: p.jsonl, name: main}", ["data.train.name is 'main'", "data.train.name=null"]),
+    "split of a function": ("data.eval.split=test", ["bridge_rl.tiny.task:dataset is a function", "split=train"]),
+    "revision of a function": ("data.eval.revision=a1", ["data.eval.revision is 'a1'", "a function, which has none"]),
+    "kwargs of a set on the hub": ("data.train.path=no/such-set", ["no/such-set is a data set on", "kwargs=null"]),
+    "kwargs of a directory": ("data.train.path=.", [". is a directory", "set data.train.kwargs=null"]),
+    "evaluation of nothing": (
+        "data.eval=null",
+        ["evaluation.every is 2", "data.eval is null", "evaluation.every=null"],
+    ),
     "no size": ("data.train.size=0", ["data.train.size is 0"]),
     "no place of data": ("data.train.path=''", ["'data.train.path' is ''", "at least 1 character"]),
     "no place of a model": ("model.path=''", ["'model.path' is ''", "at least 1 character"]),
@@ -256,8 +270,9 @@ OVERRIDES = {
 
 @pytest.mark.parametrize(("override", "words"), OVERRIDES.values(), ids=OVERRIDES)
 def test_a_wrong_key_or_value_is_named_before_weights_load(override, words, no_weights, capsys):
-    train = ["train=bridge"] if override == "bridge=null" else []
-    error = error_of_tiny([*train, override], capsys)
+    others = {"bridge=null": ["train=bridge"], "data.eval=null": ["evaluation.every=2"]}.get(override, [])
+    Path("p.jsonl").write_text(json.dumps(ROW))
+    error = error_of_tiny([*others, override], capsys)
     assert [word for word in words if word not in error] == []
 
 

@@ -95,6 +95,12 @@ def test_null_switches_a_section_off():
     assert load_recipe(TINY, ["data.eval=null"]).data.eval is None
 
 
+def test_null_drops_the_keyword_arguments_of_the_recipe_below(tmp_path):
+    file = write(tmp_path / "r.yaml", f"extends: {TINY}\ndata: {{train: {{path: p.jsonl, kwargs: null}}}}\n")
+    for recipe in (load_recipe(file), load_recipe(TINY, ["data.train.path=p.jsonl", "data.train.kwargs=null"])):
+        assert (recipe.data.train.path, recipe.data.train.kwargs) == ("p.jsonl", {})
+
+
 def test_off_needs_no_quotes():
     assert load_recipe(TINY, ["logging.wandb=off"]).logging.wandb == "off"
     with pytest.raises(UserError, match=r"the key 'logging.wandb' is True: input should be 'off', 'offline' or"):

@@ -28,6 +28,12 @@ def jsonl(path, rows):
     return str(path)
 
 
+def test_what_a_file_does_not_read_is_refused(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"problem": "1+1", "answer": "2"}])
+    with pytest.raises(UserError, match=r"data.train.split is 'test', but .* is a file, which has none: set .*=train"):
+        load(path, split="test")
+
+
 def load(path, seed=0, **options):
     return load_problems(DataSource(path, **{"check_answers": False, **options}), "data.train", seed)
 

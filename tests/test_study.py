@@ -332,6 +332,12 @@ def on_others(split: str) -> dict:
     return {"tiny": {**STUDY["tasks"]["tiny"], split: {**SOURCE, "kwargs": {"seed": 99, "size": 16}}}}
 
 
+def test_a_cell_evaluates_nothing_in_training(tmp_path):
+    study = load_study(write_study(tmp_path, overrides=[*STUDY["overrides"], "evaluation.every=2"]))
+    recipe = recipe_of(study, Cell("tiny", "bridge", 0, 1e-4), tmp_path)
+    assert (recipe.data.eval, recipe.evaluation.every) == (None, None)
+
+
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize(
     ("changes", "key"),

@@ -148,7 +148,7 @@ def overrides_of(study: Study, cell: Cell) -> list[str]:
     """Of the task's recipe, but for the output directory."""
     arm = study.arms[cell.arm]
     rate = [f"training.learning_rate={rate_name(cell.learning_rate)}"] if cell.learning_rate is not None else []
-    of_cell = [*rate, f"seed={cell.seed}", "data.eval=null"]
+    of_cell = [*rate, f"seed={cell.seed}", "data.eval=null", "evaluation.every=null"]
     return [*study.overrides, *study.tasks[cell.task].overrides, *arm.overrides, *of_cell]
 
 
