@@ -1,11 +1,12 @@
 """A recipe: typed YAML (`typed_yaml`) plus `key=value` overrides, section by section."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError
@@ -13,7 +14,8 @@ from bridge_rl.rollout.sampling import LEAST_TEMPERATURE
 from bridge_rl.stop import parse_duration
 from bridge_rl.typed_yaml import STRICT, apply_override, read_yaml, validate, write_yaml
 
-Place = Annotated[str, Field(min_length=1)]  # an empty one would be the directory that one is in
+# An empty one would be the directory that one is in. The shell leaves a `~` behind `key=` as it is.
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 @dataclass
@@ -215,7 +217,7 @@ class RewardSection:
     The first reward of a recipe also says which completions count as right in metrics and in the warm-up: above 0.5.
     """
 
-    function: str
+    function: Place
     weight: float = 1.0
     kwargs: dict[str, Any] = field(default_factory=dict)
     __pydantic_config__: ClassVar = STRICT
@@ -258,7 +260,7 @@ class WarmupSection:
     learning_rate: float = 1e-3
     max_new_tokens: int | None = None
     data: DataSource | None = None
-    path: str | None = None
+    path: Place | None = None
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
@@ -345,6 +347,10 @@ class LaunchSection:
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
+        if self.num_processes is not None and self.num_processes < 1:
+            raise UserError(f"launch.num_processes is {self.num_processes}: it must be at least 1, or null for any.")
+        if self.gpu_memory_gb is not None and self.gpu_memory_gb <= 0:
+            raise UserError(f"launch.gpu_memory_gb is {self.gpu_memory_gb:g}: it must be above 0, or null.")
         lowest = {"none": 0, "optimizer": 2, "all": 3}[self.offload]
         if self.zero_stage < lowest:
             raise UserError(
@@ -385,7 +391,7 @@ class Recipe:
     logging: LoggingSection = field(default_factory=LoggingSection)
     launch: LaunchSection = field(default_factory=LaunchSection)
     seed: int = 0
-    resume: str = "auto"
+    resume: Place = "auto"
     save_before: str | int | None = None
     __pydantic_config__: ClassVar = STRICT
 

@@ -4,6 +4,7 @@ A file may begin with `extends: other.yaml` (relative to itself): its own keys a
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -115,9 +116,10 @@ def read_yaml(path: Path, what: str = "recipe", extended_by: tuple[Path, ...] = 
     if not isinstance(base, str):
         raise UserError(f"{path}: the key 'extends' is {base!r}: it must name one other recipe.")
     chain = (*extended_by, path)
-    if (path.parent / base).resolve() in [p.resolve() for p in chain]:
+    below = path.parent / os.path.expanduser(base)
+    if below.resolve() in [p.resolve() for p in chain]:
         raise UserError(f"{path}: the key 'extends' is {base!r}, and that recipe extends this one: break the circle.")
-    return _merge(read_yaml(path.parent / base, what, chain), content)
+    return _merge(read_yaml(below, what, chain), content)
 
 
 def write_yaml(content: dict[str, Any]) -> str:

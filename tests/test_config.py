@@ -101,6 +101,18 @@ def test_null_drops_the_keyword_arguments_of_the_recipe_below(tmp_path):
         assert (recipe.data.train.path, recipe.data.train.kwargs) == ("p.jsonl", {})
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    data = ["data.train.path", "data.eval.path", "warmup.data.path"]
+    keys = ["output_dir", "resume", "model.path", "warmup.path", *data]
+    recipe = load_recipe(TINY, ["rewards.0.function=~/r.py:f", *(f"{key}=~/x" for key in keys)])
+    assert recipe.to_yaml().count(": /home/me/x\n") == len(keys)
+    assert recipe.rewards[0].function == "/home/me/r.py:f"
+    assert load_recipe(TINY, ["output_dir=runs/~x"]).output_dir == "runs/~x"
+    monkeypatch.setenv("HOME", str(TINY.parent))
+    assert load_recipe(write(tmp_path / "r.yaml", "extends: ~/tiny_arith.yaml\n")) == load_recipe(TINY)
+
+
 def test_off_needs_no_quotes():
     assert load_recipe(TINY, ["logging.wandb=off"]).logging.wandb == "off"
     with pytest.raises(UserError, match=r"the key 'logging.wandb' is True: input should be 'off', 'offline' or"):

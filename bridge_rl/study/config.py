@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from bridge_rl.config import DataSource
+from bridge_rl.config import DataSource, Place
 from bridge_rl.errors import UserError
 from bridge_rl.typed_yaml import STRICT, read_yaml, validate
 
@@ -17,7 +17,7 @@ class Task:
     for nothing else. test: the held-out problems of the results. Both are the same for every seed.
     """
 
-    recipe: str
+    recipe: Place
     validation: DataSource
     test: DataSource
     overrides: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Study:
     controls: bool = True
     threads: int = 1
     overrides: list[str] = field(default_factory=list)
-    results: str = "results"
+    results: Place = "results"
     __pydantic_config__: ClassVar = STRICT
 
     def __post_init__(self) -> None:
