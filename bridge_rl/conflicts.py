@@ -31,7 +31,7 @@ from bridge_rl.update import part_conflicts
 if TYPE_CHECKING:
     from bridge_rl.plan import Batches
 
-# Fields of GRPOConfig that another section of the recipe decides.
+# Fields of GRPOConfig that another section of the recipe decides, or what is not in a recipe.
 MANAGED = {
     "num_generations": "rollout.num_generations",
     "max_completion_length": "rollout.max_new_tokens",
@@ -52,6 +52,7 @@ MANAGED = {
     "eval_strategy": "evaluation.every",
     "eval_steps": "evaluation.every",
     "num_generations_eval": "evaluation.widths",
+    "hub_token": "the environment's HF_TOKEN or `hf auth login` (the recipe is saved, and uploaded, with the run)",
     "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
 }
 # Fields that nothing reads here: of other samplers, of TRL's evaluation loop, of losses by labels, of vLLM.

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -182,6 +181,8 @@ def describe(recipe: Recipe, plan: Plan) -> str:
         )
     )
     base = p.total - p.new
+    further = 0 if recipe.rollout.dynamic_sampling is None else recipe.rollout.dynamic_sampling.max_rounds
+    most_tokens = b.rows_per_generation * (1 + further) * recipe.rollout.max_new_tokens
     lines = [
         f"model            {resolve_path(recipe.model.path)}",
         f"bridge           {bridge}",
@@ -193,7 +194,7 @@ def describe(recipe: Recipe, plan: Plan) -> str:
         f"{b.groups_per_rank} groups a rank; serves {b.updates_per_generation:g} updates",
         f"micro-batch      {b.groups_per_micro_batch} groups, {b.rows_per_micro_batch} rows a rank; "
         f"{b.micro_batches_per_update} an update",
-        f"tokens           at most {b.rows_per_generation * recipe.rollout.max_new_tokens:,} a generation batch",
+        f"tokens           at most {most_tokens:,} a generation batch",
         *describe_memory(recipe, plan),
         f"output           {recipe.output_dir}",
     ]
@@ -232,5 +233,5 @@ def describe_memory(recipe: Recipe, plan: Plan) -> list[str]:
 
 def print_resolved(recipe: Recipe, plan: Plan) -> None:
     """What `--dry-run` shows: the resolved recipe, then the plan."""
-    print(yaml.safe_dump(yaml.safe_load(recipe.to_yaml()), sort_keys=False))
+    print(recipe.to_yaml())
     print(describe(recipe, plan))

@@ -90,6 +90,7 @@ def test_cutting_groups_is_a_conflict():
         (["training.trust_remote_code=true"], "use model.trust_remote_code"),
         (["training.project=mine"], "use logging.project"),
         (["training.data_seed=3"], "use seed"),
+        (["training.hub_token=hf_x"], "training.hub_token is decided elsewhere: use the environment's HF_TOKEN or"),
         (["training.per_device_eval_batch_size=8"], "use evaluation.max_rows"),
         (["training.train_sampling_strategy=sequential"], "train_sampling_strategy has no effect"),
         (["training.label_smoothing_factor=0.1"], "label_smoothing_factor has no effect"),

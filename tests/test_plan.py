@@ -241,6 +241,16 @@ def test_a_dry_run_needs_neither_weights_nor_a_network(path, no_weights_no_netwo
     assert (" 0 new " in plan) == path.stem.endswith("_rlvr_only")
 
 
+def test_further_rounds_of_dynamic_sampling_count_among_the_tokens(no_weights_no_network, capsys):
+    # 128 rows of at most 32 tokens, up to three times over.
+    for override, most in (
+        ("rollout.dynamic_sampling=null", "4,096"),
+        ("rollout.dynamic_sampling.max_rounds=2", "12,288"),
+    ):
+        main(["train", str(TINY), override, "--dry-run"])
+        assert f"tokens           at most {most} a generation batch" in capsys.readouterr().out
+
+
 def test_a_dry_run_says_what_its_memory_is_for(no_weights_no_network, capsys):
     main(["train", str(TINY), "--dry-run"])
     printed = capsys.readouterr().out
