@@ -69,7 +69,8 @@ def test_an_override_goes_into_a_list():
 
 
 def test_an_override_reaches_one_of_two_sections_of_an_anchor(tmp_path):
-    file = write(tmp_path / "r.yaml", f"extends: {TINY}\ndata: {{train: &source {{path: a}}, eval: *source}}\n")
+    text = "model: {path: a}\ndata: {train: &s {path: b}, eval: *s}\nrewards: [{function: c}]\noutput_dir: d\n"
+    file = write(tmp_path / "r.yaml", text)
     data = load_recipe(file, ["data.train.size=3"]).data
     assert (data.train.size, data.eval.size) == (3, None)
 
