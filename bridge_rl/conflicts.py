@@ -108,6 +108,7 @@ def find_conflicts(recipe: Recipe, config: PreTrainedConfig, batches: "Batches",
     yield from checkpointing_conflicts(recipe)
     yield from batch_conflicts(recipe, batches)
     yield from file_conflicts(recipe)
+    yield from reward_conflicts(recipe)
     yield from guard_conflicts(recipe, config)
     yield from evaluation_conflicts(recipe)
     yield from metric_conflicts(recipe)
@@ -167,6 +168,17 @@ def file_conflicts(recipe: Recipe) -> Iterator[str]:
     output = Path(recipe.output_dir)
     if output.exists() and not output.is_dir():
         yield f"output_dir: {output} is a file: name a directory."
+
+
+def reward_conflicts(recipe: Recipe) -> Iterator[str]:
+    first = recipe.rewards[0].function
+    for number, section in enumerate(recipe.rewards):
+        alone = section.function == "rewards/set_aware.py:sole_solver" and "judge" not in section.kwargs
+        if alone and first != "rewards/answer.py:correct":
+            yield (
+                f"rewards.{number}: sole_solver judges by rewards/answer.py:correct unless told otherwise, but the "
+                f"first reward is {first}: give it kwargs: {{judge: '{first}'}}."
+            )
 
 
 def source_conflicts(source: DataSource, key: str) -> Iterator[str]:
@@ -232,6 +244,8 @@ def metric_conflicts(recipe: Recipe) -> Iterator[str]:
     metric = training.get("metric_for_best_model")
     if metric is None and training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
         metric = "loss"  # transformers' own
+    if metric is None and training.get("save_strategy") == "best":
+        yield "training.save_strategy is best without training.metric_for_best_model: name the metric there."
     if metric is None:
         return
     evaluated = recipe.data.eval is not None and section.every is not None

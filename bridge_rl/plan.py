@@ -1,6 +1,7 @@
 """What a run will do, worked out without weights or network: groups, batches, parameters, memory."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bridge_rl.memory import Memory, estimate
 from bridge_rl.memory_shapes import Parameters
 from bridge_rl.models import load_tokenizer, model_config, resolve_path
 from bridge_rl.presets import preset_config
+from bridge_rl.run_options import check_optimizer, training_arguments
 from bridge_rl.surgery import attach_bridge, bridge_parameters
 
 GIB = 2**30
@@ -51,7 +53,8 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
-    """Work out a recipe; with `read_data` from its longest prompt, if data and tokenizer are files here.
+    """Work out a recipe; with `read_data` from its longest prompt, if data and tokenizer are files here, and with what
+    a run of it would find out when it starts.
 
     Raises UserError for a model that has no configuration or a family that is not served.
     """
@@ -59,12 +62,25 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
     config = preset_config(recipe.model.path) or model_config(recipe.model)
     parameters, batches = count_parameters(config, recipe), work_out_batches(recipe)
     found = list(find_conflicts(recipe, config, batches, parameters.tied))
+    if read_data and not found:
+        found += option_conflicts(recipe, batches)
     read = longest_prompt(recipe) if read_data and not found else None
     prompt = read or ASSUMED_PROMPT_TOKENS
     # At least one, where a conflict says that a batch splits it.
     groups = (max(1, batches.groups_per_micro_batch), max(1, batches.groups_per_rank))
     memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt, planned_for_gpu(recipe))
     return Plan(batches, parameters, memory, prompt, read is not None, found)
+
+
+def option_conflicts(recipe: Recipe, batches: Batches) -> Iterator[str]:
+    """What TRL and torch would refuse of the `training` section, but for what only a GPU has."""
+    options = {key: value for key, value in recipe.training.items() if key not in ("bf16", "fp16", "tf32")}
+    # One process that does the work of all: here are not as many.
+    options["per_device_train_batch_size"] = batches.rows_per_micro_batch * batches.num_processes
+    try:
+        check_optimizer(training_arguments(replace(recipe, training=options)))
+    except UserError as error:
+        yield str(error)
 
 
 def planned_for_gpu(recipe: Recipe) -> bool:

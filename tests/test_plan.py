@@ -152,6 +152,27 @@ def test_what_is_trained_follows_the_mode():
 
 
 @pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.lr_scheduler_type=nonsense", "nonsense is not a valid SchedulerType"),
+        ("training.generation_batch_size=100", "must be divisible by the global batch size"),
+        ("training.adam_beta2=2", "Invalid beta parameter"),
+        ("training.save_strategy=best", "training.save_strategy is best without training.metric_for_best_model"),
+        ("rewards=[{function: rewards/two_tries.py:correct}, {function: rewards/set_aware.py:sole_solver}]", "judge:"),
+    ],
+)
+def test_a_dry_run_finds_what_the_run_would_refuse_later(override, sentence):
+    [conflict] = make_plan(load_recipe(TINY, [override]), read_data=True).conflicts
+    assert sentence in conflict
+
+
+def test_a_dry_run_takes_the_batches_of_more_processes_than_are_here():
+    """4 rows a rank are half a prompt; of 8 ranks they are 4 prompts. bf16 is a GPU's."""
+    overrides = ["training.per_device_train_batch_size=4", "launch.num_processes=8", "training.bf16=true"]
+    assert make_plan(load_recipe(TINY, overrides), read_data=True).conflicts == []
+
+
+@pytest.mark.parametrize(
     ("targets", "modules"), [("[q_proj]", 4), ("[q_proj, v_proj]", 8), ("'.*[12].self_attn.[kq]_proj'", 4)]
 )
 def test_a_lora_is_counted_on_the_modules_that_it_names(targets, modules):
