@@ -45,10 +45,10 @@ from bridge_rl.study.cells import (
 from bridge_rl.study.command import expected_seconds
 from bridge_rl.study.compare import Setting, compare, gains, read_task, relative_gain, verdicts, vote_differences
 from bridge_rl.study.config import load_study
-from bridge_rl.study.report import write_study_report
+from bridge_rl.study.report import widths_figure, write_study_report
 from bridge_rl.study.results import CellResult, Counts, Seconds, read_cell, write_cell
 from bridge_rl.study.statistics import over_seeds, over_seeds_and_problems, ratio
-from bridge_rl.study.tables import gain_table
+from bridge_rl.study.tables import difference_table, gain_table, main_table
 
 SOURCE = {"path": "bridge_rl.tiny.task:dataset", "check_answers": False}
 SMALL = [
@@ -725,6 +725,82 @@ def test_results_of_different_problems_or_bases_are_not_put_together(study, tmp_
     write_cell(replace(read_cell(paths[1]), **changes), paths[1])
     with pytest.raises(UserError, match=sentence):
         read_task(study, "tiny", results)
+
+
+CUT = "of rows were cut at the limit, so accuracy is that of short answers: raise --max-new-tokens"
+UNMARKED = (
+    "of right rows mark no answer, and majority votes and distinct answers leave them out: let the prompt ask for a "
+    "mark, or the reward's `final_answer` find it."
+)
+
+
+def report_with(study, results: Path, arm: str, verdicts: dict[int, list[str]]) -> str:
+    """Of made-up results, in which the evaluations of an arm end with these verdicts, by seed."""
+    for seed, own in verdicts.items():
+        path = result_path(results, Cell("tiny", arm, seed, 1e-4))
+        write_cell(replace(read_cell(path), verdicts=own), path)
+    return write_study_report(study, results, results.parent / "report")[0].read_text()
+
+
+def test_what_evaluations_warn_of_stands_in_the_report_once_an_arm_and_kind(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    verdicts = {
+        0: [f"Caution: 25% {CUT} (condition model, width 1).", "At width 4 siblings help."],
+        2: [f"Caution: 96% {CUT} (condition shuffled, width 4)."],
+    }
+    text = report_with(study, tmp_path / "results", "bridge", verdicts)
+    assert f"- **Caution**, bridge, 2 of 3 seeds: 25% to 96% {CUT}.\n" in text
+    assert text.count("Caution") == 1
+    written = json.loads((tmp_path / "report" / "report.json").read_text())["tasks"]["tiny"]["arms"]
+    assert written["bridge"]["cautions"] == [f"2 of 3 seeds: 25% to 96% {CUT}."]
+    assert written["rlvr"]["cautions"] == []
+
+
+def test_the_figure_has_no_panel_of_votes_that_no_arm_has(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert len(widths_figure(task).axes) == 4
+    silent = {
+        arm: [replace(r, verdicts=[f"Caution: 60% {UNMARKED}"]) for r in own.values()]
+        for arm, own in task.cells.items()
+    }
+    task = replace(task, cells={arm: dict(enumerate(own)) for arm, own in silent.items()})
+    assert [axis.get_title() for axis in widths_figure(task).axes if "vote" in axis.get_title()] == []
+    assert len(widths_figure(task).axes) == 3
+
+
+@pytest.mark.parametrize(("share", "shown"), [(30, True), (60, False)])
+def test_votes_that_leave_most_right_rows_out_are_not_shown(study, tmp_path, share, shown):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    text = report_with(study, tmp_path / "results", "rlvr", {1: [f"Caution: {share}% {UNMARKED}"]})
+    ending = "" if shown else " Its votes are left out."
+    assert f"- **Caution**, rlvr, 1 of 3 seeds: {share}% {UNMARKED}{ending}\n" in text
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert main_table(task).rows[1][-1].startswith(".500" if shown else "-")
+    assert main_table(task).rows[2][-1].startswith(".500")
+    assert [row.second.arm for row, _ in vote_differences(task)] == (["rlvr", "pmatch"] if shown else ["pmatch"])
+
+
+def test_results_that_do_not_say_so_yet_show_by_single_rows_that_answers_are_not_marked(study, tmp_path):
+    write_made_up(study, tmp_path / "results", tmp_path)
+    path = result_path(tmp_path / "results", Cell("tiny", "pmatch", 0, 1e-4))
+    result = read_cell(path)
+    alone, *others = result.summaries
+    assert (alone.width, alone.metrics["pass@1"].value) == (1, 0.5)
+    few = replace(alone, metrics={**alone.metrics, "maj": Estimate(0.1)})
+    write_cell(replace(result, summaries=[few, *others]), path)
+    text = report_with(study, tmp_path / "results", "pmatch", {})
+    assert f"- **Caution**, pmatch, 1 of 3 seeds: 80% {UNMARKED} Its votes are left out.\n" in text
+
+
+def test_fiellers_interval_is_spoken_of_only_where_there_is_one(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(RIGHT, "pmatch", [[2, 2], [2, 2], [2, 1]])
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert "relative gain 1.800 [" in difference_table(task, []).note
+    assert "with Fieller's interval (paired seeds: 3)" in difference_table(task, []).note
+    one = replace(task, cells={arm: {0: own[0]} for arm, own in task.cells.items()})
+    assert "relative gain 1.000 (paired seeds: 1)" in difference_table(one, []).note
 
 
 # -- a cell -----------------------------------------------------------------------------------------------------------

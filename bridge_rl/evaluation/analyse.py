@@ -16,6 +16,7 @@ CAUTIONS = {
     "unjudged": (0.01, "could not be judged (time-out, error or no score) and count as wrong: look at the reward"),
 }
 MOST_UNMARKED = 0.1  # share of right rows above which a sentence says so
+CAUTION, UNMARKED = "Caution: ", "of right rows mark no answer"  # by which a study finds these sentences
 
 
 def analyse(
@@ -54,7 +55,7 @@ def cautions(summaries: Sequence[Summary]) -> list[str]:
         worst = max(summaries, key=lambda summary: summary.metrics[name].value)
         share = worst.metrics[name].value
         if share > most:
-            found.append(f"Caution: {share:.0%} of rows {words} (condition {worst.condition}, width {worst.width}).")
+            found.append(f"{CAUTION}{share:.0%} of rows {words} (condition {worst.condition}, width {worst.width}).")
     return found
 
 
@@ -62,12 +63,14 @@ def unmarked(groups: Sequence[SampledGroup]) -> list[str]:
     """Right rows that no vote counts: a verifier may find an answer in prose, `final_answer` finds marked ones only."""
     right = [answer for group in groups for answer, ok in zip(group.answers, group.correct, strict=True) if ok]
     share = right.count(None) / max(1, len(right))
-    if share <= MOST_UNMARKED:
-        return []
-    return [
-        f"Caution: {share:.0%} of right rows mark no answer, and majority votes and distinct answers leave them out: "
+    return [unmarked_sentence(share)] if share > MOST_UNMARKED else []
+
+
+def unmarked_sentence(share: float) -> str:
+    return (
+        f"{CAUTION}{share:.0%} {UNMARKED}, and majority votes and distinct answers leave them out: "
         "let the prompt ask for a mark, or the reward's `final_answer` find it."
-    ]
+    )
 
 
 def at_every_width(groups: Sequence[SampledGroup], widths: Sequence[int], listening: bool) -> list[SampledGroup]:

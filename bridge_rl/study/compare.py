@@ -10,6 +10,7 @@ import numpy as np
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.results import Estimate
 from bridge_rl.report.labels import estimate
+from bridge_rl.study.cautions import votes_count
 from bridge_rl.study.cells import find_result, is_ready, result_path, search_cells, seed_cells
 from bridge_rl.study.config import Study
 from bridge_rl.study.results import CellResult
@@ -86,7 +87,9 @@ class TaskCells:
         return next(result.trained_width for own in of_headline_first for result in own.values())
 
     def values(self, setting: Setting, metric: str) -> dict[int, float]:
-        """By seed; of those that were sampled so."""
+        """By seed; of those that were sampled so. No votes where they leave most right rows out."""
+        if metric == "maj" and not votes_count(self.cells[setting.arm].values()):
+            return {}
         found = {s: r.find(metric, setting.width, setting.condition) for s, r in self.cells[setting.arm].items()}
         return {seed: value.value for seed, value in sorted(found.items()) if value is not None}
 

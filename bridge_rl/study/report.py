@@ -23,6 +23,7 @@ from bridge_rl.report.drawing import (
 )
 from bridge_rl.report.labels import METRICS
 from bridge_rl.report.tables import as_markdown
+from bridge_rl.study.cautions import arm_cautions
 from bridge_rl.study.cells import rate_name
 from bridge_rl.study.compare import SETS, Comparisons, Setting, TaskCells, all_comparisons, read_task
 from bridge_rl.study.config import Study
@@ -114,7 +115,7 @@ def missing_line(task: TaskCells) -> str:
 
 
 def section(task: TaskCells, found: Comparisons) -> str:
-    """The bars and every table of one task."""
+    """The bars, the cautions and every table of one task."""
     if not task.arms():
         return "\n".join([f"## {task.task}", "", "No cell is done yet.", "", *map(as_markdown, search_tables(task))])
     tables = [
@@ -127,9 +128,18 @@ def section(task: TaskCells, found: Comparisons) -> str:
         *search_tables(task),
     ]
     tables = [table for table in tables if table.rows]
-    bars = "".join(f"- {sentence}\n" for sentence in found.bars)
+    bars = "".join(f"- {sentence}\n" for sentence in [*found.bars, *cautions(task)])
     figure = f"![accuracy over width, with intervals over seeds](widths_{task.task}.png)"
     return "\n".join([f"## {task.task}", "", bars, figure, "", *map(as_markdown, tables)])
+
+
+def cautions(task: TaskCells) -> list[str]:
+    """What the evaluations of each arm warn of."""
+    return [
+        f"**Caution**, {task.study.label(arm)}, {text}"
+        for arm in task.arms()
+        for text in arm_cautions(task.cells[arm].values())
+    ]
 
 
 # -- the same as numbers ----------------------------------------------------------------------------------------------
@@ -162,7 +172,13 @@ def arm_numbers(task: TaskCells, arm: str) -> dict[str, Any]:
                 mean = asdict(over_seeds(list(values.values())))
                 by_width.setdefault(metric, {})[width] = {**mean, "by_seed": values}
     seconds = {seed: asdict(result.seconds) for seed, result in own.items()}
-    return {"seeds": sorted(own), "learning_rate": rates(task, arm), "seconds": seconds, "metrics": by_width}
+    return {
+        "seeds": sorted(own),
+        "learning_rate": rates(task, arm),
+        "seconds": seconds,
+        "cautions": arm_cautions(own.values()),
+        "metrics": by_width,
+    }
 
 
 # -- the figure -------------------------------------------------------------------------------------------------------
@@ -170,11 +186,12 @@ def arm_numbers(task: TaskCells, arm: str) -> dict[str, Any]:
 
 @styled
 def widths_figure(task: TaskCells) -> Figure:
-    """One panel a metric, one line an arm over the width sampled; bands are 95 % intervals over seeds."""
-    study = task.study
-    figure, axes = panels(len(METRICS))
-    arms = task.arms()
-    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
+    """A panel a metric that an arm has, a line an arm over the width sampled; bands are 95 % intervals over seeds."""
+    study, arms = task.study, task.arms()
+    settings = [Setting(arm, width) for arm in arms for width in study.widths]
+    metrics = [metric for metric in METRICS if any(task.values(setting, metric) for setting in settings)]
+    figure, axes = panels(len(metrics))
+    for axis, metric in zip(axes, metrics, strict=True):
         for place, arm in enumerate(arms):
             found = {width: task.mean(Setting(arm, width), metric) for width in study.widths}
             known = {width: value for width, value in found.items() if value is not None}
@@ -191,6 +208,6 @@ def widths_figure(task: TaskCells) -> Figure:
                 linestyle=DASHES[look],
             )
         log_axis(axis, sorted(study.widths), "width sampled")
-        axis.set_title(title)
+        axis.set_title(METRICS[metric])
     finish(figure, axes, len(arms))
     return figure

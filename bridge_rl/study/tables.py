@@ -48,7 +48,8 @@ def difference_table(task: TaskCells, differences: Sequence[Difference]) -> Tabl
         "other one is a two-way bootstrap over seeds and problems, too narrow for few seeds."
     )
     if gain is not None:
-        fieller = "" if gain.relative is None else ", with Fieller's interval"
+        has_interval = gain.relative is not None and gain.relative.low is not None
+        fieller = ", with Fieller's interval" if has_interval else ""
         note += (
             f" Gain over the base: {estimate(gain.gain)}, of the next best arm ({study.label(gain.next_best)}, by its "
             f"mean) {estimate(gain.next_gain)}; relative gain {relative_text(gain)}{fieller} "
