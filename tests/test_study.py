@@ -173,6 +173,34 @@ def test_a_study_must_be_sampled_at_the_width_of_training(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("role", "overrides", "sentence"),
+    [
+        (
+            "bridge",
+            ["bridge.kind=pmatch"],
+            "arms.x.role is bridge, and its recipe for tiny has bridge.kind=pmatch: take",
+        ),
+        (
+            "bridge",
+            ["bridge=null"],
+            "arms.x.role is bridge, and its recipe for tiny has bridge=null: take that away, or",
+        ),
+        (
+            "control",
+            [],
+            "arms.x.role is control, and its recipe for tiny has a Bridge: add bridge=null or bridge.kind=p",
+        ),
+    ],
+)
+def test_an_arm_whose_role_is_not_its_recipes_is_refused(tmp_path, capsys, role, overrides, sentence):
+    arm = {"role": role, "overrides": overrides, "learning_rates": [1e-4]}
+    with pytest.raises(SystemExit) as caught:
+        main(["study", str(write_study(tmp_path, arms={**STUDY["arms"], "x": arm})), "--dry-run"])
+    assert caught.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("task", "recipe"),
     [
         ("two_tries", "tiny_arith"),
@@ -374,6 +402,13 @@ def test_a_bridge_without_controls_is_refused_where_the_study_has_them(study, tm
         find_result(study, cell, results)
     assert all(find_result(study, other, results) is not None for other in cells[1:])  # these have none to have
     assert find_result(load_study(write_study(tmp_path, controls=False)), cell, results) is not None
+
+
+def test_a_study_of_width_1_asks_for_no_shuffled_siblings(tmp_path):
+    alone = load_study(write_study(tmp_path, widths=[1], overrides=[*STUDY["overrides"], "rollout.width=1"]))
+    cell, results = Cell("tiny", "bridge", 0, 1e-4), tmp_path / "results"
+    write_cell(make_result(alone, cell, {("model", 1): [0, 1]}, tmp_path), result_path(results, cell))
+    assert find_result(alone, cell, results) is not None
 
 
 def test_results_are_neither_refused_nor_done_while_their_learning_rate_is_searched(tmp_path, capsys):

@@ -227,8 +227,14 @@ def evaluation_difference(study: Study, cell: Cell, result: CellResult, recipe: 
     widths = [recipe.rollout.width] if cell.search else study.widths
     if not result.evaluated(widths, study.samples):
         return "widths or samples"
-    if study.controls and not cell.search and study.arms[cell.arm].role == "bridge" and not result.controlled:
+    if shuffles(study, cell) and not result.controlled:
         return "controls"
     if result.source != source_of(study, cell):
         return f"tasks.{cell.task}.{result.split}"
     return next((key for key in differing(result.recipe, recipe) if under(key, EVALUATED_BY)), None)
+
+
+def shuffles(study: Study, cell: Cell) -> bool:
+    """Whether its evaluation has shuffled siblings: at width 1 there are none to shuffle."""
+    asked = study.controls and not cell.search
+    return asked and study.arms[cell.arm].role == "bridge" and max(study.widths) > 1

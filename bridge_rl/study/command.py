@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from bridge_rl.config import Recipe
 from bridge_rl.data import load_problems
 from bridge_rl.errors import STOPPED_CODE, Stopped, UserError
 from bridge_rl.study.cells import (
@@ -85,12 +86,28 @@ def study(args: argparse.Namespace) -> None:
 
 
 def check_names(plan: Plan) -> None:
-    """Raise UserError for a cell that there is not, or a study that leaves the width of training out."""
+    """Raise UserError for a cell that there is not, a role that is not the recipe's, or widths without training's."""
     check_named(plan.study, plan.only)
     for cell in seed_cells(plan.study, plan.results):
-        width = recipe_of(plan.study, cell, plan.runs).rollout.width
+        recipe = recipe_of(plan.study, cell, plan.runs)
+        check_role(plan, cell, recipe)
+        width = recipe.rollout.width
         if width not in plan.study.widths:
             raise UserError(f"{plan.path}: widths is {plan.study.widths}: {cell.task} is trained at {width}, add it.")
+
+
+def check_role(plan: Plan, cell: Cell, recipe: Recipe) -> None:
+    """Raise UserError where an arm of the role bridge has no Bridge, or a control has one."""
+    role, listens = plan.study.arms[cell.arm].role, recipe.bridge is not None and recipe.bridge.kind == "bridge"
+    place = f"{plan.path}: arms.{cell.arm}.role is {role}"
+    if role == "bridge" and not listens:
+        has = "bridge=null" if recipe.bridge is None else f"bridge.kind={recipe.bridge.kind}"
+        raise UserError(f"{place}, and its recipe for {cell.task} has {has}: take that away, or make the role control.")
+    if role == "control" and listens:
+        raise UserError(
+            f"{place}, and its recipe for {cell.task} has a Bridge: add bridge=null or bridge.kind=pmatch to its "
+            "overrides, or make the role bridge."
+        )
 
 
 def check_problems(plan: Plan) -> None:
