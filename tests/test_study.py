@@ -355,6 +355,24 @@ def test_a_result_of_another_recipe_is_refused(study, tmp_path):
         find_result(load_study(write_study(tmp_path, samples=8)), cell, results)
 
 
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (Cell("tiny", "bridge", 0, 1e-4), Cell("tiny", "base", 0, None)),
+        (Cell("tiny", "base", 1, None), Cell("tiny", "base", 0, None)),
+        (Cell("tiny", "pmatch", 100, 1e-4, search=True), Cell("tiny", "bridge", 100, 1e-4, search=True)),
+        (Cell("tiny", "bridge", 0, 1e-4), Cell("tiny", "bridge", 0, 1e-4, search=True)),
+    ],
+)
+def test_a_result_in_the_place_of_another_is_refused(study, tmp_path, source, target):
+    results = tmp_path / "results"
+    write_cell(make_result(study, source, AS_THE_STUDY_SAYS, tmp_path), result_path(results, target))
+    with pytest.raises(UserError) as caught:
+        find_result(study, target, results)
+    assert f"holds the result of tiny/{source.arm}/{source.seed} (" in str(caught.value)
+    assert f" in the place of tiny/{target.arm}/{target.seed} (" in str(caught.value)
+
+
 def on_others(split: str) -> dict:
     """The tasks with other problems in one split."""
     return {"tiny": {**STUDY["tasks"]["tiny"], split: {**SOURCE, "kwargs": {"seed": 99, "size": 16}}}}

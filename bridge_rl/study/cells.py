@@ -212,6 +212,14 @@ def find_result(study: Study, cell: Cell, results: Path) -> CellResult | None:
 
 
 def check_same(path: Path, study: Study, cell: Cell, result: CellResult, recipe: Recipe) -> None:
+    own = (result.task, result.arm, result.seed, result.split)  # the learning rate is one of the recipe's keys
+    asked = (cell.task, cell.arm, cell.seed, "validation" if cell.search else "test")
+    if own != asked:
+        there, missing = ("{}/{}/{} ({} problems)".format(*whose) for whose in (own, asked))
+        raise UserError(
+            f"{path} holds the result of {there} in the place of {missing}: delete it to make that again, or put it "
+            "where it belongs."
+        )
     base = study.arms[cell.arm].role == "base"
     of_recipe = base_difference(result.recipe, recipe) if base else difference(result.recipe, recipe)
     key = of_recipe or evaluation_difference(study, cell, result, recipe)
