@@ -115,8 +115,8 @@ def sample_warmup_groups(
             numbers = [number for number in mine[start : start + PROBLEMS_PER_CALL] if number not in done]
             prompts = prompt_tokens(tokenizer, [rows[n]["prompt"] for n in numbers]) if numbers else []
             rollout = Rollout(model, prompts, samples, params, numbers, options=options)
-            with closing(rollout.stream()) as stream:
-                ended = (pair for pair in stream if "abort" not in pair[1].finish_reasons)
+            with closing(rollout.passes()) as passes:
+                ended = ([pair for pair in of_pass if "abort" not in pair[1].finish_reasons] for of_pass in passes)
                 for batch in batches(ended, max(1, ROWS_PER_WRITE // samples)):
                     places = [place for place, _ in batch]
                     chosen, tokens = [rows[numbers[place]] for place in places], [group.tokens for _, group in batch]

@@ -147,18 +147,21 @@ class ModelSampler:
                 options=RolloutOptions(max_rows=self.max_rows, cancelled=self.cancelled),
                 exchange=exchange,
             )
-            with closing(rollout.stream()) as stream:
+            with closing(rollout.passes()) as passes:
                 ended = (
-                    (*pairs[place], group)
-                    for place, group in stream
-                    if kept[place] and "abort" not in group.finish_reasons
+                    [
+                        (*pairs[place], group)
+                        for place, group in of_pass
+                        if kept[place] and "abort" not in group.finish_reasons
+                    ]
+                    for of_pass in passes
                 )
                 try:
                     for batch in batches(ended, max(1, ROWS_PER_WRITE // sweep.width)):
                         yield self.judged(sweep, batch)
                 except UserError:
                     if rollout.ranks.together:  # the others need this rank's shards to the end
-                        deque(stream, maxlen=0)
+                        deque(passes, maxlen=0)
                     raise
 
     def judged(self, sweep: Sweep, batch: Sequence[tuple[int, int, Group]]) -> list[SampledGroup]:
@@ -205,15 +208,22 @@ class ModelSampler:
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size`, or of fewer when an item has waited for SECONDS_PER_WRITE, and at the end."""
+def batches(passes: Iterable[Sequence[Any]], size: int) -> Iterator[list[Any]]:
+    """What ended in each pass, be it nothing, in lists of `size`.
+
+    Of fewer at the end, and after a pass before which an item has waited for SECONDS_PER_WRITE.
+    """
     batch: list[Any] = []
     started = 0.0
-    for item in items:
-        if not batch:
-            started = time.monotonic()
-        batch.append(item)
-        if len(batch) >= size or time.monotonic() - started > SECONDS_PER_WRITE:
+    for ended in passes:
+        for item in ended:
+            if not batch:
+                started = time.monotonic()
+            batch.append(item)
+            if len(batch) >= size:
+                yield batch
+                batch = []
+        if batch and time.monotonic() - started > SECONDS_PER_WRITE:
             yield batch
             batch = []
     if batch:

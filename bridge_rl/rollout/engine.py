@@ -9,7 +9,7 @@ Shapes: R rows running, N width, P prompt columns.
 import logging
 import time
 from collections.abc import Generator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -138,9 +138,15 @@ class Rollout:
         made = dict(self.stream())
         return [made[place] for place in range(len(self.groups))]
 
-    @torch.no_grad()
     def stream(self) -> Generator[tuple[int, Group]]:
-        """Every group with its place, as soon as its last row has ended.
+        """Every group with its place, as soon as its last row has ended. To be read to the end, or closed."""
+        with closing(self.passes()) as passes:
+            for ended in passes:
+                yield from ended
+
+    @torch.no_grad()
+    def passes(self) -> Generator[list[tuple[int, Group]]]:
+        """After each pass the groups, with their places, whose last row ended in it: often none.
 
         To be read to the end, or closed: until then the model is in eval mode, with weights packed as they were when it
         was begun.
@@ -153,15 +159,13 @@ class Rollout:
                     self.advance_or_shrink()
                 else:
                     self.ranks.idle_forward()
-                for place in sorted(self.ended - given):
-                    given.add(place)
-                    yield place, self.group_at(place)
+                ended = sorted(self.ended - given)
+                given.update(ended)
                 self.ended.clear()
+                yield [(place, self.group_at(place)) for place in ended]
         for row in (row for group in self.groups for row in group):
             row.finish_reason = row.finish_reason or "abort"
-        for place in range(len(self.groups)):
-            if place not in given:
-                yield place, self.group_at(place)
+        yield [(place, self.group_at(place)) for place in range(len(self.groups)) if place not in given]
 
     def group_at(self, place: int) -> Group:
         rows = self.groups[place]

@@ -31,7 +31,7 @@ def make_group(key: GroupKey, right: bool = True) -> SampledGroup:
 
 def sample(sweep: Sweep):
     """Every group of every unit, three at a time."""
-    yield from batches((make_group(key) for unit in sweep.units for key in sweep.keys(unit)), 3)
+    yield from batches(([make_group(key)] for unit in sweep.units for key in sweep.keys(unit)), 3)
 
 
 class State:
@@ -177,6 +177,16 @@ def test_a_line_that_is_no_group_is_named(tmp_path):
 
 
 def test_a_batch_is_given_out_when_it_has_waited_too_long(monkeypatch):
-    clock = iter([0.0, 1.0, 40.0, 41.0, 42.0])
-    monkeypatch.setattr("bridge_rl.evaluation.run.time.monotonic", lambda: next(clock))
-    assert list(batches("abc", 10)) == [["a", "b"], ["c"]]
+    """Also while no other group ends: passes in which none does take 10 seconds each here."""
+    clock = 0.0
+    monkeypatch.setattr("bridge_rl.evaluation.run.time.monotonic", lambda: clock)
+
+    def passes():
+        nonlocal clock
+        for ended in ("a", "b", "", "", "", "", "c", "", "de"):
+            yield ended
+            clock += 10
+
+    given = [(batch, clock) for batch in batches(passes(), 10)]
+    assert given == [(["a", "b"], 40), (["c", "d", "e"], 90)]
+    assert list(batches(["abcde", "", "f"], 2)) == [["a", "b"], ["c", "d"], ["e", "f"]]

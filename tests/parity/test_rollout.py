@@ -379,3 +379,15 @@ def test_a_stream_that_is_closed_early_leaves_the_model_as_it_was(monkeypatch):
     stream.close()
     assert not any("forward" in vars(module) for module in model.modules())
     assert [module.training for module in model.modules()] == before
+
+
+def test_a_rollout_gives_word_after_every_pass_and_each_group_once():
+    """So that whoever keeps groups can write them in time while the others go on."""
+    model = make_bridged("llama")
+    rollout = Rollout(model, PROMPTS, 2, PARAMS)
+    passes = list(rollout.passes())
+    assert len(passes) == rollout.stats.forwards + 1
+    assert [] in passes[:-1]
+    given = [group for ended in passes for group in ended]
+    assert given == list(Rollout(model, PROMPTS, 2, PARAMS).stream())
+    assert sorted(place for place, _ in given) == list(range(len(PROMPTS)))
