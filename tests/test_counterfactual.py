@@ -212,13 +212,20 @@ def test_every_problem_weighs_the_same():
     outcomes = [Outcome(0, True, False, -0.2), Outcome(0, False, False, 0.0), Outcome(1, True, True, 0.5)]
     # Beside wrong siblings the second row of problem 0 became right, and that of problem 1 did not.
     beside_wrong = [Outcome(0, False, False, 0.0), Outcome(0, True, True, 0.0), Outcome(1, False, False, 0.0)]
-    found = summarize("right", outcomes, beside_wrong)
+    # Beside another prompt's the first row of problem 0 and that of problem 1 became right.
+    beside_others = [Outcome(0, True, True, 0.0), Outcome(0, False, False, 0.0), Outcome(1, True, True, 0.0)]
+    beside: dict = {"right": outcomes, "wrong": beside_wrong, "other_prompt": beside_others}
+    found = summarize("right", beside)
     assert (found.siblings, found.rows) == ("right", 3)
     assert found.changed.value == pytest.approx(0.75)
     assert found.became_right.value == pytest.approx(0.5)
     assert found.logprob.value == pytest.approx(0.2)
     assert found.over_wrong.value == pytest.approx((-0.5 + 1) / 2)
-    assert summarize("wrong", beside_wrong, beside_wrong).over_wrong is None
+    assert found.over_other_prompt.value == pytest.approx((-0.5 + 0) / 2)
+    assert found.over_other_prompt.low < -0.25 < found.over_other_prompt.high
+    assert summarize("wrong", beside).over_wrong is None
+    assert summarize("wrong", beside).over_other_prompt.value == pytest.approx((0.0 - 1) / 2)
+    assert summarize("other_prompt", beside).over_other_prompt is None
     assert 0 <= found.changed.low < 0.75 < found.changed.high <= 1
     assert found.logprob.low < 0.2 < found.logprob.high
 

@@ -7,11 +7,13 @@ other_prompt: rows of other problems, which have read their own prompts.
 All four are tried on the same rows: wrong ones whose problem has at least one right row and another wrong one.
 
 A wrong row that is merely disturbed becomes right now and then by chance. So what tells whether rows take over what
-others found is `right` against `wrong`, and of the rows that changed, the share that became right.
+others found is `right` against `other_prompt`, which disturbs a row, and against `wrong`, which may hold it at its
+answer (in studies/small rows changed far less beside wrong rows than beside another prompt's); and of the rows that
+changed, the share that became right.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridge_rl.evaluation.forced import ForcedGroup, sample_free_rows, score_free_rows
 from bridge_rl.evaluation.intervals import estimate
 from bridge_rl.evaluation.judge import Judged
-from bridge_rl.evaluation.results import Counterfactual
+from bridge_rl.evaluation.results import Counterfactual, Estimate
 from bridge_rl.evaluation.samples import SampledGroup
 from bridge_rl.rollout.sampling import SamplingParams
 from bridge_rl.surgery import find_state
@@ -130,7 +132,7 @@ def run_counterfactuals(
         outcomes[kind] = compare(trials, judged, scores, before)
         if kind == "own":
             before = scores
-    return [summarize(kind, outcomes[kind], outcomes["wrong"]) for kind in KINDS]
+    return [summarize(kind, outcomes) for kind in KINDS]
 
 
 def compare(
@@ -147,22 +149,30 @@ def compare(
     return outcomes
 
 
-def summarize(kind: Siblings, outcomes: Sequence[Outcome], beside_wrong: Sequence[Outcome]) -> Counterfactual:
-    """Each problem weighs the same, whatever the number of its rows. `beside_wrong`: what became of the same rows."""
+def summarize(kind: Siblings, outcomes: Mapping[Siblings, Sequence[Outcome]]) -> Counterfactual:
+    """Each problem weighs the same, whatever the number of its rows. `outcomes`: of the same rows beside each kind."""
+    own = outcomes[kind]
     by_problem: dict[int, list[Outcome]] = {}
-    gains: dict[int, list[float]] = {}
-    for outcome, other in zip(outcomes, beside_wrong, strict=True):
+    for outcome in own:
         by_problem.setdefault(outcome.problem, []).append(outcome)
-        gains.setdefault(outcome.problem, []).append(float(outcome.became_right) - float(other.became_right))
     problems = [by_problem[problem] for problem in sorted(by_problem)]
     return Counterfactual(
         siblings=kind,
-        rows=len(outcomes),
+        rows=len(own),
         changed=estimate([[float(outcome.changed) for outcome in of] for of in problems]),
         became_right=estimate([[float(outcome.became_right) for outcome in of] for of in problems]),
-        over_wrong=None if kind == "wrong" else estimate(list(gains.values()), -1.0, 1.0),
+        over_wrong=None if kind == "wrong" else more_often_right(own, outcomes["wrong"]),
+        over_other_prompt=None if kind == "other_prompt" else more_often_right(own, outcomes["other_prompt"]),
         logprob=estimate([[outcome.logprob for outcome in of] for of in problems], -math.inf, math.inf),
     )
+
+
+def more_often_right(first: Sequence[Outcome], second: Sequence[Outcome]) -> Estimate:
+    """Of the same rows: the share that became right, first minus second."""
+    gains: dict[int, list[float]] = {}
+    for one, other in zip(first, second, strict=True):
+        gains.setdefault(one.problem, []).append(float(one.became_right) - float(other.became_right))
+    return estimate(list(gains.values()), -1.0, 1.0)
 
 
 def choose_trials(groups: Sequence[SampledGroup], max_rows: int, seed: int) -> list[Trial]:

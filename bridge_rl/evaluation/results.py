@@ -75,9 +75,10 @@ class Counterfactual:
     """What becomes of wrong rows when other siblings are put beside them (see `evaluation.counterfactual`).
 
     siblings: what they are replaced by. rows: how many were tried. changed: share whose answer changes. became_right:
-    share that becomes right. over_wrong: that share minus the one beside wrong siblings, which disturb a row without
-    telling it anything; paired on the same rows. logprob: mean change, in nats a token, of the row's own completion,
-    re-scored.
+    share that becomes right. over_wrong, over_other_prompt: that share minus the one beside wrong siblings, and minus
+    the one beside rows of another prompt, paired on the same rows; None of these siblings themselves, and where it was
+    not computed yet. Wrong siblings may hold a row at its answer, where rows of another prompt only disturb it: then
+    over_wrong is the larger. logprob: mean change, in nats a token, of the row's own completion, re-scored.
     """
 
     siblings: Literal["own", "right", "wrong", "other_prompt"]
@@ -86,6 +87,7 @@ class Counterfactual:
     became_right: Estimate
     logprob: Estimate
     over_wrong: Estimate | None = None
+    over_other_prompt: Estimate | None = None
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def counterfactual_table(counterfactuals: Sequence[Counterfactual]) -> Table:
         "answer changes",
         "becomes right",
         "more than beside wrong rows",
+        "more than beside another prompt's",
         "change of its log-prob, nats a token",
     ]
     rows = [
@@ -129,28 +130,42 @@ def counterfactual_table(counterfactuals: Sequence[Counterfactual]) -> Table:
             str(c.rows),
             estimate(c.changed),
             estimate(c.became_right),
-            "" if c.over_wrong is None else estimate(c.over_wrong),
+            *("" if more is None else estimate(more) for more in (c.over_wrong, c.over_other_prompt)),
             estimate(c.logprob),
         ]
         for c in counterfactuals
     ]
-    return Table("A wrong row with other siblings", header, rows)
+    note = (
+        "Rows of another prompt disturb a row. Wrong rows of its own may hold it at its answer, so look at how many "
+        "answers change beside each before taking what is more than beside them for what right rows tell."
+    )
+    return Table("A wrong row with other siblings", header, rows, note=note)
 
 
 def counterfactual_sentence(counterfactuals: Sequence[Counterfactual]) -> str:
-    """Whether right siblings put wrong rows right, more than wrong ones do; empty where that was not measured."""
-    more = next((c.over_wrong for c in counterfactuals if c.siblings == "right"), None)
-    if more is None:
-        return ""
+    """Whether right siblings put wrong rows right, more than wrong ones and another prompt's do.
+
+    A sentence each; empty where that was not measured.
+    """
+    found = [
+        (more, words)
+        for c in counterfactuals
+        if c.siblings == "right"
+        for more, words in ((c.over_wrong, "wrong ones"), (c.over_other_prompt, "rows of another prompt"))
+    ]
+    return " ".join(more_often_sentence(more, words) for more, words in found if more is not None)
+
+
+def more_often_sentence(more: Estimate, others: str) -> str:
     size, way = shorter(Estimate(abs(more.value))), "more" if more.value >= 0 else "less"
     if more.low is None or more.high is None:
-        return f"In this one problem a wrong row became right {size} {way} often beside right siblings than wrong ones."
+        return f"In this one problem a wrong row became right {size} {way} often beside right siblings than {others}."
     ends = f"[{shorter(Estimate(more.low))}, {shorter(Estimate(more.high))}]"
     if more.low > 0 or more.high < 0:
-        return f"Beside right siblings a wrong row becomes right {size} {way} often than beside wrong ones {ends}."
+        return f"Beside right siblings a wrong row becomes right {size} {way} often than beside {others} {ends}."
     return (
-        "No difference between right and wrong siblings is shown: how much more often a wrong row becomes right beside "
-        f"right ones than beside wrong ones is {shorter(Estimate(more.value))} {ends}."
+        f"No difference between right siblings and {others} is shown: how much more often a wrong row becomes right "
+        f"beside right siblings is {shorter(Estimate(more.value))} {ends}."
     )
 
 

@@ -58,7 +58,13 @@ def counterfactuals() -> list[Counterfactual]:
     return [
         Counterfactual("own", 120, estimate(0.05), estimate(0.01), Estimate(0.0, -0.02, 0.02)),
         Counterfactual(
-            "right", 120, estimate(0.41), estimate(0.33), Estimate(-0.12, -0.14, -0.1), Estimate(0.27, 0.2, 0.34)
+            "right",
+            120,
+            estimate(0.41),
+            estimate(0.33),
+            Estimate(-0.12, -0.14, -0.1),
+            Estimate(0.27, 0.2, 0.34),
+            Estimate(0.31, 0.24, 0.38),
         ),
         Counterfactual("wrong", 120, estimate(0.22), estimate(0.06), Estimate(-0.05, -0.07, -0.03)),
         Counterfactual("other_prompt", 120, estimate(0.19), estimate(0.02), Estimate(-0.21, -0.23, -0.19)),

@@ -146,6 +146,7 @@ def test_counterfactuals_are_put_in_words(open_page, page):
     assert (
         "Beside right siblings a wrong row becomes right .270 more often than beside wrong ones [.200, .340]." in text
     )
+    assert "more often than beside rows of another prompt [.240, .380]." in text
 
 
 def test_a_page_of_bare_results_says_what_it_cannot_show(open_page, tmp_path):

@@ -1,9 +1,10 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from report.made import make_results
+from report.made import counterfactuals, make_results
 
-from bridge_rl.evaluation.results import Comparison, Counterfactual, Estimate, Summary
+from bridge_rl.evaluation.results import Comparison, Counterfactual, Estimate, Summary, read_results
 from bridge_rl.report import tables
 from bridge_rl.report.labels import estimate
 
@@ -65,7 +66,7 @@ def test_p_is_corrected_among_the_comparisons_of_one_metric():
     [
         (Estimate(0.09, 0.03, 0.15), "becomes right .090 more often than beside wrong ones [.030, .150]."),
         (Estimate(-0.09, -0.15, -0.03), "becomes right .090 less often than beside wrong ones [-.150, -.030]."),
-        (Estimate(-0.04, -0.12, 0.02), "No difference between right and wrong siblings is shown"),
+        (Estimate(-0.04, -0.12, 0.02), "No difference between right siblings and wrong ones is shown"),
         (Estimate(0.5), "In this one problem a wrong row became right .500 more often"),
     ],
 )
@@ -73,7 +74,27 @@ def test_what_right_siblings_do_is_said_in_words(over_wrong, sentence):
     nothing = Estimate(0.0, -0.1, 0.1)
     beside_right = Counterfactual("right", 9, nothing, nothing, nothing, over_wrong)
     assert sentence in tables.counterfactual_sentence([beside_right])
-    assert tables.counterfactual_sentence([replace(beside_right, over_wrong=None)]) == ""
+    none = replace(beside_right, over_wrong=None)
+    assert tables.counterfactual_sentence([none]) == ""
+    another = tables.counterfactual_sentence([replace(none, over_other_prompt=over_wrong)])
+    assert sentence.replace("wrong ones", "rows of another prompt") in another
+
+
+def test_results_of_before_do_not_compare_with_another_prompts_and_are_read():
+    probes = read_results(Path("studies/small/probes/products.json")).probes
+    assert probes.counterfactuals[1].over_other_prompt is None
+    assert "another prompt" not in tables.counterfactual_sentence(probes.counterfactuals)
+    assert tables.counterfactual_table(probes.counterfactuals).rows[1][5] == ""
+
+
+def test_right_siblings_are_compared_with_wrong_ones_and_with_another_prompts():
+    table = tables.counterfactual_table(counterfactuals())
+    [right] = [row for row in table.rows if row[0] == "right rows"]
+    assert table.header[4:6] == ["more than beside wrong rows", "more than beside another prompt's"]
+    assert right[4:6] == ["0.270 [0.200, 0.340]", "0.310 [0.240, 0.380]"]
+    assert tables.counterfactual_sentence(counterfactuals()).endswith(
+        "becomes right .310 more often than beside rows of another prompt [.240, .380]."
+    )
 
 
 def test_what_a_table_computed_stands_in_markdown_and_latex():
