@@ -24,12 +24,15 @@ class BridgeConfig:
     kind: `bridge`, or `pmatch`, an MLP of as many parameters in the same slot (the paper's control P-Match).
     num_heads, head_dim: the inner width is num_heads * head_dim.
     layers: `all`, or the indices of the decoder layers that carry a block.
+    relative: beyond the paper, values are taken relative to the row's own, so that a row that is alone, or whose
+        siblings say the same, is left exactly as it is.
     """
 
     kind: Literal["bridge", "pmatch"] = "bridge"
     num_heads: int = 8
     head_dim: int = 64
     layers: Literal["all"] | list[int] = "all"
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("bridge", "pmatch"):
@@ -38,6 +41,8 @@ class BridgeConfig:
             raise UserError(
                 f"bridge.num_heads is {self.num_heads} and bridge.head_dim is {self.head_dim}: both must be at least 1."
             )
+        if self.relative and self.kind == "pmatch":
+            raise UserError("bridge.relative is true, but P-Match's rows have no siblings: leave it out.")
         if self.layers == "all":
             return
         if not isinstance(self.layers, list | tuple) or not all(type(index) is int for index in self.layers):
@@ -59,7 +64,8 @@ class BridgeBlock(nn.Module):
 
     Every row that is alive at column t attends to the alive rows of its group at column t: no positions, no causal
     mask, no cache. W_O starts at zero, so that a new block is the identity to the last bit (the paper states the zero
-    start, not the means). At width 1 a trained block adds W_O W_V norm(x): it is not the identity.
+    start, not the means). At width 1 a trained block adds W_O W_V norm(x): it is not the identity, unless values are
+    `relative`: then it is `x + W_O (Attention(norm(x)) - W_V norm(x))`.
 
     W_Q, W_K and W_V are one projection (`qkv_proj`, in this order along its output): one product instead of three.
     The block computes in the dtype of its own weights, whatever the dtype of `x`: a frozen bf16 base can carry a
@@ -69,6 +75,7 @@ class BridgeBlock(nn.Module):
     def __init__(self, hidden_size: int, config: BridgeConfig, **factory: Any) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.inner_width = config.num_heads, config.head_dim, config.inner_width
+        self.relative = config.relative
         self.norm = nn.RMSNorm(hidden_size, eps=EPS, **factory)
         self.qkv_proj = nn.Linear(hidden_size, 3 * config.inner_width, bias=False, **factory)
         self.o_proj = nn.Linear(config.inner_width, hidden_size, bias=False, **factory)
@@ -93,6 +100,8 @@ class BridgeBlock(nn.Module):
             mixed = self._mix_one_step(qkv, alive)
         else:
             mixed = self._mix_groups(qkv, alive)
+        if self.relative:
+            mixed = mixed - qkv[..., 2 * self.inner_width :]
         return x + self.o_proj(mixed).to(x.dtype)
 
     def _mix_groups(self, qkv: Tensor, alive: Tensor) -> Tensor:

@@ -53,9 +53,9 @@ def switch_on(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
     return model
 
 
-def make_bridged(family: str, kind: str = "bridge", **overrides) -> PreTrainedModel:
+def make_bridged(family: str, kind: str = "bridge", relative: bool = False, **overrides) -> PreTrainedModel:
     model = make_base(family, **overrides)
-    return switch_on(br.attach_bridge(model, br.BridgeConfig(kind=kind, num_heads=2, head_dim=8)))
+    return switch_on(br.attach_bridge(model, br.BridgeConfig(kind=kind, num_heads=2, head_dim=8, relative=relative)))
 
 
 @pytest.fixture(autouse=True)

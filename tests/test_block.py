@@ -10,6 +10,7 @@ from bridge_rl.block import BridgeBlock, BridgeConfig, MatchedMLP
 from bridge_rl.group import sibling_bias
 
 CONFIG = BridgeConfig(num_heads=2, head_dim=4)
+RELATIVE = BridgeConfig(num_heads=2, head_dim=4, relative=True)
 
 
 def switched_on(block):
@@ -35,13 +36,15 @@ def slow_bridge(block: BridgeBlock, x: torch.Tensor, alive: torch.Tensor) -> tor
                     query = w_q[part] @ y[row, t]
                     keys = torch.stack([w_k[part] @ y[other, t] for other in seen])
                     values = torch.stack([w_v[part] @ y[other, t] for other in seen])
-                    heads.append(torch.softmax(keys @ query / math.sqrt(block.head_dim), 0) @ values)
+                    attended = torch.softmax(keys @ query / math.sqrt(block.head_dim), 0) @ values
+                    heads.append(attended - w_v[part] @ y[row, t] if block.relative else attended)
                 out[row, t] = x[row, t] + block.o_proj.weight @ torch.cat(heads)
     return out
 
 
-def test_block_equals_the_slow_loop_where_rows_are_alive():
-    block = switched_on(BridgeBlock(6, CONFIG))
+@pytest.mark.parametrize("config", [CONFIG, RELATIVE])
+def test_block_equals_the_slow_loop_where_rows_are_alive(config):
+    block = switched_on(BridgeBlock(6, config))
     x = torch.randn(6, 5, 6)
     alive = torch.rand(2, 3, 5) > 0.3
     expected = slow_bridge(block, x, alive)
@@ -51,9 +54,10 @@ def test_block_equals_the_slow_loop_where_rows_are_alive():
     assert torch.isfinite(found).all()
 
 
-def test_one_step_over_ragged_groups_equals_the_slow_loop():
+@pytest.mark.parametrize("config", [CONFIG, RELATIVE])
+def test_one_step_over_ragged_groups_equals_the_slow_loop(config):
     """Groups of 3, 1 and 2 rows, of which one is not alive, in mixed order."""
-    block = switched_on(BridgeBlock(6, CONFIG))
+    block = switched_on(BridgeBlock(6, config))
     x = torch.randn(6, 1, 6)
     groups, alive = torch.tensor([0, 2, 0, 1, 2, 0]), torch.tensor([True, True, True, True, True, False])
     found = block(x, sibling_bias(groups, alive))
@@ -68,6 +72,18 @@ def test_a_new_block_is_the_identity_to_the_last_bit():
     x = torch.randn(4, 3, 6)
     assert torch.equal(BridgeBlock(6, CONFIG)(x, torch.ones(1, 4, 3, dtype=torch.bool)), x)
     assert torch.equal(MatchedMLP(6, CONFIG)(x), x)
+
+
+def test_a_relative_block_leaves_a_row_alone_as_it_is_to_the_last_bit():
+    block = switched_on(BridgeBlock(6, RELATIVE))
+    x = torch.randn(3, 2, 6)
+    assert torch.equal(block(x), x)
+    assert torch.equal(block(x, torch.ones(3, 1, 2, dtype=torch.bool)), x)
+    one_step = x[:, :1]
+    bias = sibling_bias(torch.tensor([0, 1, 0]), torch.tensor([True, True, False]))  # the third has ended
+    assert torch.equal(block(one_step, bias)[:2], one_step[:2])
+    alike = x[:1].expand(3, 2, 6)
+    torch.testing.assert_close(block(alike, torch.ones(1, 3, 2, dtype=torch.bool)), alike, atol=1e-5, rtol=0)
 
 
 def test_a_trained_block_at_width_1_is_not_the_identity():
@@ -110,6 +126,11 @@ def test_a_float32_block_on_a_bfloat16_stream_keeps_the_stream_dtype():
 def test_a_config_that_means_nothing_is_refused(key, value):
     with pytest.raises(ValueError, match=f"bridge.{key}"):
         BridgeConfig(**{key: value})
+
+
+def test_a_control_without_siblings_has_no_values_relative_to_theirs():
+    with pytest.raises(ValueError, match=r"bridge\.relative"):
+        BridgeConfig(kind="pmatch", relative=True)
 
 
 def test_a_config_equals_the_one_that_comes_back_from_a_file():

@@ -39,6 +39,16 @@ def test_lockstep_decode_matches_full_forward(family, width):
     assert worst_difference(model, PROMPTS, groups) <= 1e-5
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_relative_bridge_decodes_as_the_full_forward_and_alone_as_the_base(width):
+    model = make_bridged("llama", relative=True)
+    groups = br.generate_groups(model, PROMPTS, width, PARAMS)
+    assert worst_difference(model, PROMPTS, groups) <= 1e-5
+    with br.disable_bridge(model):
+        base = br.generate_groups(model, PROMPTS, width, PARAMS)
+    assert (groups == base) == (width == 1)
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_an_fp32_model_under_autocast_matches_the_full_forward_under_it(family):
     """Rotary embeddings make its keys fp32, while its values are bf16."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from trainers import PROMPTS, quiet_config, reward_of_tokens
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bridge_rl as br
 from bridge_rl.config import GuardsSection, ModelSection, UpdateSection
@@ -172,6 +173,22 @@ def test_every_metric_of_trl_is_that_of_the_whole(make_trainer, loss_type, level
         assert expected.keys() >= {"kl", "entropy"}
         found = metrics_of(make_trainer(update, **options), batch)
         assert found == {name: pytest.approx(values, rel=1e-4, nan_ok=True) for name, values in expected.items()}
+
+
+def test_a_relative_bridge_has_the_loss_and_gradients_of_the_padded_pass(make_trainer, monkeypatch):
+    """In which a prompt's rows attend to each other, and their gradients cancel to rounding: in fp64 to nothing."""
+    options, batch = {"train": "full", "model_options": {"relative": True}}, make_batch(4)
+    norm = torch.nn.functional.rms_norm
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda own, x: norm(x, x.shape[-1:], own.weight, own.variance_epsilon))
+
+    def of(update):
+        trainer = make_trainer(update, **options)
+        trainer.model.double()
+        return loss_and_gradients(trainer, [batch])
+
+    expected = of(PLAIN)
+    for update in (SHARED, SHARED_PARTS, PADDED_PARTS):
+        assert_same(of(update), expected, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
