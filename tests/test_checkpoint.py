@@ -273,7 +273,7 @@ def test_a_directory_without_a_bridge_is_refused(tmp_path):
 def test_the_config_file_says_what_is_inside(tmp_path):
     br.save_bridge(make_bridged("llama"), tmp_path)
     content = json.loads((tmp_path / "bridge_config.json").read_text())
-    assert content["bridge"] == {"kind": "bridge", "num_heads": 2, "head_dim": 8, "layers": "all"}
+    assert content["bridge"] == {"kind": "bridge", "num_heads": 2, "head_dim": 8, "layers": "all", "relative": False}
     assert len(content["base_fingerprint"]) == 32
 
 
