@@ -26,7 +26,6 @@ from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state
 
 CONFIG_FILE = "bridge_config.json"
 WEIGHTS_FILE = "bridge.safetensors"
-OF_BASE = ("revision", "gguf_file")  # options of `from_pretrained` that say which weights it loads
 SHARDS_OF_ZERO = "latest"  # DeepSpeed's file that names the directory of its shards
 
 CARD = """---
@@ -170,7 +169,7 @@ def load_bridge(
             f"{directory} was trained on another base ({content['base']}, fingerprint {content['base_fingerprint']}, "
             f"found {found}): pass the right one as base_model."
         )
-    model = attach_bridge(base, config, {key: options[key] for key in OF_BASE if key in options})
+    model = attach_bridge(base, config, options_of_base(options))
     if is_adapter:
         from peft import PeftModel
 
@@ -194,6 +193,11 @@ def _load_base(directory: Path, name: str, quantization: dict[str, Any] | None, 
             f"{directory} goes into the base {name}, which cannot be loaded ({first_line(error)}): pass where it is as "
             "base_model."
         ) from error
+
+
+def options_of_base(options: dict[str, Any]) -> dict[str, str]:
+    """Those of `from_pretrained` that say which weights it loads."""
+    return {key: value for key, value in options.items() if key in ("revision", "gguf_file")}
 
 
 def load_weights(path: str, options: dict[str, Any]) -> PreTrainedModel:

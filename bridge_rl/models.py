@@ -25,7 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bridge_rl.checkpoint import OF_BASE, cast_blocks, is_bridge_checkpoint, load_bridge, load_weights, read_config
+from bridge_rl.checkpoint import (
+    cast_blocks,
+    is_bridge_checkpoint,
+    load_bridge,
+    load_weights,
+    options_of_base,
+    read_config,
+)
 from bridge_rl.config import ModelSection, Recipe, RewardSection
 from bridge_rl.data import GIVEN_TO_REWARDS, import_function
 from bridge_rl.errors import UserError, first_line
@@ -201,8 +208,7 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
         )
     if recipe.bridge is not None and not has_bridge(model):
         torch.manual_seed(recipe.seed)
-        options = _load_options(recipe.model)
-        attach_bridge(model, recipe.bridge, {key: options[key] for key in OF_BASE if key in options})
+        attach_bridge(model, recipe.bridge, options_of_base(_load_options(recipe.model)))
     if recipe.model.quantization is not None and recipe.train == "bridge":
         # transformers trains such a model with PEFT's adapters only; here, the blocks are what is trained.
         model.is_quantized = False
