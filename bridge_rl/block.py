@@ -92,16 +92,17 @@ class BridgeBlock(nn.Module):
         the groups that are packed into `x` [1, T, D]. None: rows are alone.
         """
         qkv = self.qkv_proj(self.norm(x.to(self.norm.weight.dtype)))
+        own = qkv[..., 2 * self.inner_width :]
         if isinstance(alive, PackedGroups):
             mixed = self._mix_packed(qkv, alive)
         elif alive is None or (alive.dim() == 3 and alive.shape[1] == 1):
-            mixed = qkv[..., 2 * self.inner_width :]  # attention over one row gives its value
+            mixed = own  # attention over one row gives its value
         elif alive.dim() == 2:
             mixed = self._mix_one_step(qkv, alive)
         else:
             mixed = self._mix_groups(qkv, alive)
         if self.relative:
-            mixed = mixed - qkv[..., 2 * self.inner_width :]
+            mixed = mixed - own
         return x + self.o_proj(mixed).to(x.dtype)
 
     def _mix_groups(self, qkv: Tensor, alive: Tensor) -> Tensor:

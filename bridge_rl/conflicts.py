@@ -52,7 +52,7 @@ MANAGED = {
     "eval_strategy": "evaluation.every",
     "eval_steps": "evaluation.every",
     "num_generations_eval": "evaluation.widths",
-    "hub_token": "the environment's HF_TOKEN or `hf auth login` (the recipe is saved, and uploaded, with the run)",
+    "hub_token": "the environment's HF_TOKEN or `hf auth login` (the recipe is saved with the run)",
     "deepspeed": "accelerate launch --config_file launch/accelerate/zero3.yaml",
 }
 # Fields that nothing reads here: of other samplers, of TRL's evaluation loop, of losses by labels, of vLLM.
@@ -244,9 +244,9 @@ def metric_conflicts(recipe: Recipe) -> Iterator[str]:
     metric = training.get("metric_for_best_model")
     if metric is None and training.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
         metric = "loss"  # transformers' own
-    if metric is None and training.get("save_strategy") == "best":
-        yield "training.save_strategy is best without training.metric_for_best_model: name the metric there."
     if metric is None:
+        if training.get("save_strategy") == "best":
+            yield "training.save_strategy is best without training.metric_for_best_model: name the metric there."
         return
     evaluated = recipe.data.eval is not None and section.every is not None
     measured = [names.evaluation(name, width) for name in names.EVALUATION for width in section.widths]
