@@ -26,7 +26,7 @@ from datasets import Dataset
 from pydantic import TypeAdapter
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import bridge_rl.trainer
 from bridge_rl import memory
@@ -35,9 +35,10 @@ from bridge_rl.models import load_tokenizer, trained_in_float32
 from bridge_rl.plan import count_parameters, work_out_batches
 from bridge_rl.report.results import provenance
 from bridge_rl.rollout import pages
-from bridge_rl.run_options import lora_config, training_arguments
+from bridge_rl.run_options import lora_config, training_arguments, warmup_arguments
 from bridge_rl.surgery import attach_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
+from bridge_rl.warmup import WarmupGroup, train_blocks
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 TOLERANCE = 0.15
@@ -76,6 +77,11 @@ class Shape:
     beta: float = 0.0
     tile: int | None = None
     update: dict[str, Any] = field(default_factory=dict)
+    warmup: bool = False  # not a run is measured, but the training of its blocks before
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("update",) if self.warmup else PHASES
 
     def recipe(self, directory: str = "unused") -> Recipe:
         content = {
@@ -86,6 +92,9 @@ class Shape:
             "rewards": [{"function": "rewards/answer.py:correct"}],
             "rollout": {"width": self.width, "num_generations": self.width, "max_new_tokens": self.new_tokens},
             "update": self.update,
+            "warmup": {"samples": self.width, "groups_per_step": self.rows // self.width, "steps": 2}
+            if self.warmup
+            else None,
             "training": {
                 "per_device_train_batch_size": self.rows,
                 "gradient_accumulation_steps": self.accumulation,
@@ -140,18 +149,32 @@ SHAPES = (
     ),
     Shape("full", **LLAMA, tile=512, train="full", tied=True, prompt=220, new_tokens=30),
     Shape("full, few tokens", **QWEN2, tile=512, train="full", checkpointing=True, rows=4, prompt=40, new_tokens=8),
+    Shape("warm-up", **LLAMA, tile=512, warmup=True, width=8, rows=32, prompt=90, new_tokens=30),
+    Shape("warm-up, checkpointing", **QWEN2, tile=512, warmup=True, checkpointing=True, rows=16, dtype="bfloat16"),
+    Shape("warm-up, prompt not shared", **QWEN2, tile=256, warmup=True, rows=16, update={"share_prompt": False}),
     Shape("SmolLM2-135M, bridge", **SMOLLM2),
     Shape("SmolLM2-135M, full, checkpointing", **SMOLLM2, train="full", checkpointing=True),
 )  # fmt: skip
 
 
-def make_trainer(shape: Shape, directory: str) -> BridgeGRPOTrainer:
-    """The trainer that `bridge_rl.run` would make, on a random model."""
+def prepare(shape: Shape, directory: str) -> Callable[[], object]:
+    """What is measured, as `bridge_rl.run` would do it, on a random model."""
     recipe, torch_dtype = shape.recipe(directory), getattr(torch, shape.dtype)
     model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch_dtype)
     if recipe.bridge is not None:
         attach_bridge(model, recipe.bridge)
     trained_in_float32(model, recipe.train)
+    if shape.warmup:
+        tokens = torch.randint(3, 60, (2 * shape.rows // shape.width, shape.prompt + 1 + shape.new_tokens)).tolist()
+        groups = [
+            WarmupGroup("", own[: shape.prompt + 1], [own[shape.prompt + 1 :]] * shape.width, [], [True] * shape.width)
+            for own in tokens
+        ]
+        return lambda: train_blocks(model, groups, warmup_arguments(recipe), [], update=recipe.update)
+    return make_trainer(shape, recipe, model).train
+
+
+def make_trainer(shape: Shape, recipe: Recipe, model: PreTrainedModel) -> BridgeGRPOTrainer:
     count = 2 * recipe.launch.num_processes * shape.rows * shape.accumulation
     trainer = BridgeGRPOTrainer(
         model,
@@ -194,11 +217,11 @@ def measure(shape: Shape) -> dict[str, int]:
         if torch.cuda.is_available():
             return measure_cuda(shape, directory)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            trainer = make_trainer(shape, directory)
+            train = prepare(shape, directory)
             with record_function("training"):
-                trainer.train()
+                train()
             # What is freed without a profiler would be counted for ever.
-            del trainer
+            del train
             gc.collect()
         assert record.profiler is not None
         return peaks(record.profiler.kineto_results.experimental_event_tree())
@@ -242,10 +265,10 @@ def measure_cuda(shape: Shape, directory: str) -> dict[str, int]:
         note("rollout")
         return result
 
-    trainer = make_trainer(shape, directory)
+    train = prepare(shape, directory)
     torch.cuda.reset_peak_memory_stats()
     bridge_rl.trainer.lockstep_rollout = sampled
-    trainer.train()
+    train()
     note("update")
     return found
 
@@ -256,14 +279,15 @@ def predict(shape: Shape) -> memory.Memory:
     memory.VOCABULARY_CHUNK = shape.tile or TRL_TILE
     parameters, batches = count_parameters(config, recipe), work_out_batches(recipe)
     groups = (batches.groups_per_micro_batch, batches.groups_per_rank)
-    return memory.estimate(recipe, config, parameters, groups, 1, shape.prompt + 1, torch.cuda.is_available())
+    estimate = memory.estimate_warmup if shape.warmup else memory.estimate
+    return estimate(recipe, config, parameters, groups, 1, shape.prompt + 1, torch.cuda.is_available())
 
 
 def compare(shape: Shape, measured: dict[str, int]) -> dict[str, Any]:
     """The shape, and of each phase what was predicted and measured, in MiB, and the ratio."""
     predicted = predict(shape)
     result: dict[str, Any] = {"judged": shape.judged, "shape": asdict(shape)}
-    for phase in PHASES:
+    for phase in shape.phases:
         moment: memory.Moment = getattr(predicted, phase)
         ratio = moment.total / measured[phase]
         result[phase] = {
@@ -299,9 +323,10 @@ def main() -> None:
     for shape in SHAPES:
         if shape.name.startswith(args.only or ""):
             result = results[shape.name] = compare(shape, measure_apart(shape))
-            ratios = ", ".join(f"{phase} {result[phase]['ratio']:.3f}" for phase in PHASES)
+            ratios = ", ".join(f"{phase} {result[phase]['ratio']:.3f}" for phase in shape.phases)
             print(f"{shape.name:36} {ratios}", flush=True)
-    judged = [result[phase]["within"] for result in results.values() if result["judged"] for phase in PHASES]
+    found = (result[phase] for result in results.values() if result["judged"] for phase in PHASES if phase in result)
+    judged = [ratio["within"] for ratio in found]
     print(f"{sum(judged)} of {len(judged)} predictions of judged shapes are within {TOLERANCE:.0%}")
     if args.only is None:
         how = "torch.cuda.max_memory_allocated" if torch.cuda.is_available() else "profiler's record of allocations"

@@ -170,7 +170,7 @@ class RolloutSection:
 
 @dataclass
 class UpdateSection:
-    """How an update is computed. None of these changes loss or gradients.
+    """How an update is computed, the warm-up's too. None of these changes loss or gradients.
 
     share_prompt: a prompt is computed once for all rows that continue it, and completions without padding (packed).
     Dropout in the model or LoRA is then drawn once a prompt. trim: rows are padded to the longest of what is computed,

@@ -12,9 +12,8 @@ all of them. To these add, where every row is as long as it may be:
   (all gradients, and what the step makes besides).
 
 What a layer keeps for its backward pass depends on what is trained: a frozen weight's input is not kept. A checkpointed
-layer keeps its input, and the rest comes once, for the layer that is computed again (reentrant or not). A warm-up is
-not planned: it trains less, but its rows are padded, have a prompt each, and all their logits at once. Not in it either
-are the CUDA context and what the allocator cannot use.
+layer keeps its input, and the rest comes once, for the layer that is computed again (reentrant or not). Not in it are
+the CUDA context and what the allocator cannot use.
 
 Counted by hand from the operations of Llama and Qwen2, and measured against them on CPU by `benchmarks/memory.py`. What
 is a GPU's (bf16 under autocast, kernels), DDP's and DeepSpeed's is derived, not measured.
@@ -23,13 +22,13 @@ Shapes: T tokens computed at once, D model, I inner width of the MLP.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK
 
-from bridge_rl.config import Recipe
+from bridge_rl.config import Recipe, RolloutSection
 from bridge_rl.memory_shapes import FP32, QUANTIZED, Device, Layer, Parameters, Part, Sampled
 from bridge_rl.rollout.budget import LONG, LONG_ROW_PAGE, ROW_PAGE, prompt_page_for
 from bridge_rl.rollout.packing import LEAST_ELEMENTS
@@ -59,8 +58,12 @@ class Memory:
     evaluation: Moment | None
 
     @property
+    def moments(self) -> list[Moment]:
+        return [moment for moment in (self.rollout, self.update, self.evaluation) if moment is not None]
+
+    @property
     def peak(self) -> float:
-        return max(moment.total for moment in (self.rollout, self.update, self.evaluation) if moment is not None)
+        return max(moment.total for moment in self.moments)
 
 
 def estimate(
@@ -82,6 +85,37 @@ def estimate(
         evaluation=largest(sampling(recipe, layer, in_evaluation, parameters, device, "evaluation"))
         if recipe.data.eval is not None
         else None,
+    )
+
+
+def estimate_warmup(
+    recipe: Recipe, config: Any, parameters: Parameters, groups: tuple[int, int], processes: int, prompt: int, gpu: bool
+) -> Memory:
+    """The same of a recipe's warm-up. groups: of a step, and that a rank samples at once."""
+    of_blocks = replace(parameters, trained=parameters.new)
+    found = estimate(warmup_as_run(recipe), config, of_blocks, groups, processes, prompt, gpu)
+    terms = {name: size for name, size in found.rollout.terms.items() if name != "optimizer"}  # which is made later
+    return replace(found, rollout=replace(found.rollout, terms=terms))
+
+
+def warmup_as_run(recipe: Recipe) -> Recipe:
+    """The run that holds as much as the warm-up of `recipe`: groups of all completions of a problem, a frozen base in
+    its own dtype, on each rank all of it."""
+    section, rollout = recipe.warmup, recipe.rollout
+    assert section is not None
+    return replace(
+        recipe,
+        train="bridge",
+        data=replace(recipe.data, eval=None),
+        rollout=RolloutSection(
+            width=section.samples,
+            num_generations=section.samples,
+            max_new_tokens=section.max_new_tokens or rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            max_rows=None if rollout.max_rows is None else max(rollout.max_rows, section.samples),
+        ),
+        training={key: recipe.training[key] for key in ("bf16", "gradient_checkpointing") if key in recipe.training},
+        launch=replace(recipe.launch, zero_stage=0, offload="none"),
     )
 
 

@@ -24,7 +24,8 @@ class PackedGroups:
 
     ids, positions: int64 [1, T]. labels: the completions' tokens, int64 [1, L]. scored: int64 [L], the token from whose
     hidden state each of them is predicted. counts: fp32 [1, 1, 1, T], rows that a token stands for.
-    prompts, rows: (start, end) of each prompt and of each row's completion; prompt_of_row: which prompt it continues.
+    prompts, rows: (start, end) of each prompt and of each completion that is not empty; prompt_of_row: which prompt it
+    continues.
     masks: those of attention, as they were needed.
     Columns of a group are the time steps of its completions: tokens [N, S] int64 is which token of the sequence row n
     holds there, alive bool [1, N, S] whether it holds one, places int64 [L] where each token is in `tokens`, flattened.
@@ -53,8 +54,8 @@ def pack_groups(
 ) -> PackedGroups:
     """From prompts padded on the left and completions padded on the right, all [B, columns].
 
-    Equal prompts are one, in whatever groups. Raises ValueError if the rows of a group do not share one prompt, and
-    unless whole groups are given.
+    Equal prompts are one, in whatever groups. A row whose completion is empty is nowhere. Raises ValueError if the rows
+    of a group do not share one prompt, and unless whole groups are given.
     """
     if (split_rows(prompt_ids, width) != split_rows(prompt_ids, width)[:, :1]).any():
         raise ValueError("The rows of a group do not share one prompt: groups were split.")
@@ -64,6 +65,8 @@ def pack_groups(
     prompt_of_row = [numbers.setdefault(tuple(ids.tolist()), len(numbers)) for ids in own]
     prompts = _spans([len(prompt) for prompt in numbers])
     lengths = mask.sum(1).tolist()
+    prompt_of_row = [number for number, length in zip(prompt_of_row, lengths, strict=True) if length]
+    lengths = [length for length in lengths if length]
     rows = _spans(lengths, start=prompts[-1][1])
     starts = [prompts[n][1] - prompts[n][0] for n in prompt_of_row]  # position of each row's first token
     positions = [torch.arange(end - start) for start, end in prompts]
@@ -72,7 +75,8 @@ def pack_groups(
     scored = torch.cat([torch.arange(start - 1, end - 1) for start, end in rows])
     scored[[start - prompts[-1][1] for start, _ in rows]] = torch.tensor([prompts[n][1] - 1 for n in prompt_of_row])
     labels = completion_ids[mask]
-    counts = torch.bincount(torch.tensor(prompt_of_row)).repeat_interleave(torch.tensor([e - s for s, e in prompts]))
+    readers = torch.bincount(torch.tensor(prompt_of_row), minlength=len(prompts))
+    counts = readers.repeat_interleave(torch.tensor([end - start for start, end in prompts]))
     return PackedGroups(
         ids=torch.cat([torch.tensor([t for prompt in numbers for t in prompt], device=device), labels])[None],
         positions=torch.cat(positions).to(device)[None],

@@ -10,16 +10,17 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from bridge_rl.config import Recipe
+from bridge_rl.config import DataSource, Recipe
 from bridge_rl.conflicts import check_types, find_conflicts
 from bridge_rl.data import FILE_FORMATS, is_function, load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import UserError
-from bridge_rl.memory import Memory, estimate
+from bridge_rl.memory import Memory, estimate, estimate_warmup
 from bridge_rl.memory_shapes import Parameters
 from bridge_rl.models import load_tokenizer, model_config, resolve_path
 from bridge_rl.presets import preset_config
 from bridge_rl.run_options import check_optimizer, training_arguments
 from bridge_rl.surgery import attach_bridge, bridge_parameters
+from bridge_rl.warmup import PROBLEMS_PER_CALL
 
 GIB = 2**30
 ASSUMED_PROMPT_TOKENS = 512  # where the data are not at hand
@@ -42,13 +43,15 @@ class Batches:
 
 @dataclass(frozen=True)
 class Plan:
-    """prompt: tokens of the longest prompt, read from the data or (`prompt_read` false) assumed."""
+    """prompt, warmup_prompt: tokens of the longest prompt of either, and whether it was read from the data, else it is
+    assumed. warmup: its memory, by the phases of a run."""
 
     batches: Batches
     parameters: Parameters
     memory: Memory
-    prompt: int
-    prompt_read: bool
+    warmup: Memory | None
+    prompt: tuple[int, bool]
+    warmup_prompt: tuple[int, bool]
     conflicts: list[str]
 
 
@@ -64,12 +67,18 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
     found = list(find_conflicts(recipe, config, batches, parameters.tied))
     if read_data and not found:
         found += option_conflicts(recipe, batches)
-    read = longest_prompt(recipe) if read_data and not found else None
-    prompt = read or ASSUMED_PROMPT_TOKENS
+    reads, gpu, section = read_data and not found, planned_for_gpu(recipe), recipe.warmup
+    prompt = warmup_prompt = longest_prompt(recipe, recipe.data.train, "data.train", reads)
     # At least one, where a conflict says that a batch splits it.
     groups = (max(1, batches.groups_per_micro_batch), max(1, batches.groups_per_rank))
-    memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt, planned_for_gpu(recipe))
-    return Plan(batches, parameters, memory, prompt, read is not None, found)
+    memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt[0], gpu)
+    warmup = None
+    if section is not None:
+        if section.data is not None:
+            warmup_prompt = longest_prompt(recipe, section.data, "warmup.data", reads)
+        groups = (section.groups_per_step, min(PROBLEMS_PER_CALL, -(-section.problems // batches.num_processes)))
+        warmup = estimate_warmup(recipe, config, parameters, groups, batches.num_processes, warmup_prompt[0], gpu)
+    return Plan(batches, parameters, memory, warmup, prompt, warmup_prompt, found)
 
 
 def option_conflicts(recipe: Recipe, batches: Batches) -> Iterator[str]:
@@ -88,17 +97,16 @@ def planned_for_gpu(recipe: Recipe) -> bool:
     return recipe.launch.gpu_memory_gb is not None or torch.cuda.is_available()
 
 
-def longest_prompt(recipe: Recipe) -> int | None:
-    """Tokens of the longest training prompt; None unless data and tokenizer are files here, or functions."""
-    source, model = recipe.data.train, Path(resolve_path(recipe.model.path))
+def longest_prompt(recipe: Recipe, source: DataSource, key: str, reads: bool) -> tuple[int, bool]:
+    """Tokens of the longest prompt, and whether it was read: data and tokenizer must be files here, or functions."""
     at_hand = is_function(source.path) or source.path.endswith(FILE_FORMATS)
-    if not at_hand or not (model / "tokenizer_config.json").is_file():
-        return None
+    if not reads or not at_hand or not (Path(resolve_path(recipe.model.path)) / "tokenizer_config.json").is_file():
+        return ASSUMED_PROMPT_TOKENS, False
     tokenizer = load_tokenizer(recipe.model)
-    problems = load_problems(replace(source, check_answers=False), "data.train", recipe.seed)
+    problems = load_problems(replace(source, check_answers=False), key, recipe.seed)
     longest = sorted(problems, key=lambda row: len(row["problem"]), reverse=True)[:LONGEST_READ]
     prompts = make_prompts(longest, recipe.data, tokenizer)
-    return max(map(len, prompt_tokens(tokenizer, list(prompts["prompt"]))))
+    return max(map(len, prompt_tokens(tokenizer, list(prompts["prompt"])))), True
 
 
 def check(recipe: Recipe) -> Plan:
@@ -220,31 +228,38 @@ def describe(recipe: Recipe, plan: Plan) -> str:
 
 def describe_memory(recipe: Recipe, plan: Plan) -> list[str]:
     """The peak, what it assumes, and the terms of each phase at its largest moment (see `bridge_rl.memory`)."""
-    memory, budget = plan.memory, recipe.launch.gpu_memory_gb
+    budget, of_warmup = recipe.launch.gpu_memory_gb, [] if plan.warmup is None else plan.warmup.moments
+    moments = {moment.phase: moment for moment in plan.memory.moments}
+    moments |= {f"warm-up, {moment.phase}": moment for moment in of_warmup}
+    peak = max(moment.total for moment in moments.values())
     device = (
         "GPU in bf16" if planned_for_gpu(recipe) else "CPU in float32, as no GPU is here or in launch.gpu_memory_gb"
     )
-    prompt = "the longest of the data" if plan.prompt_read else "assumed"
+    prompts = of_tokens(plan.prompt)
+    if plan.warmup is not None and plan.warmup_prompt != plan.prompt:
+        prompts += f", in the warm-up {of_tokens(plan.warmup_prompt)}"
     lines = [
-        f"memory           about {memory.peak / GIB:.2f} GiB"
+        f"memory           about {peak / GIB:.2f} GiB"
         + (f" of {budget:g}" if budget else "")
-        + f" on a {device}; "
-        f"prompts of {plan.prompt} tokens ({prompt}), every row to its limit"
+        + f" on a {device}; prompts {prompts}, every row to its limit"
     ]
-    for moment in (memory.rollout, memory.update, memory.evaluation):
-        if moment is not None:
-            terms = sorted(moment.terms.items(), key=lambda term: -term[1])
-            listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in terms if size >= GIB / 200)
-            lines.append(f"  {moment.phase + ':':27} {moment.total / GIB:6.2f} = {listed or 'below 0.01 each'}")
-    if recipe.warmup is not None:
-        rows = recipe.warmup.groups_per_step * recipe.warmup.samples
-        lines.append(
-            f"  {'warm-up:':27} not planned: up to {rows} rows at once, with a prompt and all logits each "
-            "(warmup.groups_per_step)"
-        )
-    if budget and memory.peak / GIB > budget:
+    column = 1 + max(map(len, moments))
+    for phase, moment in moments.items():
+        terms = sorted(moment.terms.items(), key=lambda term: -term[1])
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in terms if size >= GIB / 200)
+        lines.append(f"  {phase + ':':{column}} {moment.total / GIB:6.2f} = {listed or 'below 0.01 each'}")
+    if budget and plan.memory.peak / GIB > budget:
         lines.append("memory: the estimate is above launch.gpu_memory_gb: lower the micro-batch, lengths or max_rows.")
+    if budget and plan.warmup is not None and plan.warmup.peak / GIB > budget:
+        lines.append(
+            "memory: the warm-up's estimate is above launch.gpu_memory_gb: lower warmup.groups_per_step, "
+            "warmup.samples, warmup.max_new_tokens or rollout.max_rows."
+        )
     return lines
+
+
+def of_tokens(prompt: tuple[int, bool]) -> str:
+    return f"of {prompt[0]} tokens ({'the longest of the data' if prompt[1] else 'assumed'})"
 
 
 def print_resolved(recipe: Recipe, plan: Plan) -> None:

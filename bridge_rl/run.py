@@ -195,7 +195,7 @@ def warm_up(recipe: Recipe) -> None:
                 flush=True,
             )
         args = warmup_arguments(recipe)
-        history = train_blocks(model, kept, args, [RewardProgress("warm-up")], stop)
+        history = train_blocks(model, kept, args, [RewardProgress("warm-up")], stop, recipe.update)
     if state.is_main_process:
         write_history(history, directory)
         save_bridge(model, directory)  # the last: it says that the warm-up is done

@@ -28,10 +28,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from trl.trainer.utils import add_fused_lm_head
 
 from bridge_rl import run_checkpoints
 from bridge_rl.checkpoint import WEIGHTS_FILE, load_blocks, read_blocks, save_blocks
-from bridge_rl.config import WarmupSection
+from bridge_rl.config import UpdateSection, WarmupSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.judge import Judge
@@ -39,10 +40,13 @@ from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches
 from bridge_rl.evaluation.samples import drop_half_line
 from bridge_rl.files import write_whole
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
+from bridge_rl.packed_forward import PACKED, packed_logprobs, serve_packed
 from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
+from bridge_rl.rollout.decode import attention
 from bridge_rl.stop import Stop
 from bridge_rl.surgery import bridge_parameters, disable_bridge, freeze_base
+from bridge_rl.update import accumulating, backward, parts_of
 
 IGNORED = -100
 PROBLEMS_PER_CALL = 16
@@ -209,40 +213,77 @@ def usable(groups: Sequence[WarmupGroup], section: WarmupSection) -> list[Warmup
     return kept
 
 
-def collate(groups: Sequence[WarmupGroup]) -> dict[str, Tensor]:
-    """Groups of any widths as one batch of the widest's width N: ids, mask and labels [G*N, T], layout [G, N, T].
+def collate(groups: Sequence[WarmupGroup]) -> dict[str, Any]:
+    """Groups of any widths as one batch of the widest's width N: ids and masks of prompts and completions, the tokens
+    that the loss `counted`, all [G*N, columns], and `width`.
 
-    Narrower groups are filled with copies of their first row that no sibling sees and no loss counts.
+    Narrower groups are filled with rows of the prompt alone. On a prompt all rows of a group are equal, so that one
+    more of them changes nothing.
     """
     width = max(len(group.correct) for group in groups)
-    prompts, completions, correct, real = [], [], [], []
+    prompts, completions, correct = [], [], []
     for group in groups:
-        for n in range(width):
-            row = n if n < len(group.correct) else 0
-            prompts.append(group.prompt_ids)
-            completions.append(group.completion_ids[row])
-            real.append(n == row)
-            correct.append(n == row and group.correct[row])
+        fillers = width - len(group.correct)
+        prompts += [group.prompt_ids] * width
+        completions += [*group.completion_ids, *([[]] * fillers)]
+        correct += [*group.correct, *([False] * fillers)]
     prompt, prompt_mask = pad_left(prompts, 0, "cpu")
     completion, completion_mask = pad_right(completions, 0, "cpu")
-    mask = torch.cat([prompt_mask, completion_mask], dim=1)
-    counted = completion_mask.bool() & torch.tensor(correct)[:, None]
-    labels = torch.cat([torch.full_like(prompt, IGNORED), completion.masked_fill(~counted, IGNORED)], dim=1)
-    alive = alive_from_mask(mask * torch.tensor(real)[:, None], width)
     return {
-        "input_ids": torch.cat([prompt, completion], dim=1),
-        "attention_mask": mask,
-        "labels": labels,
-        "bridge_alive": alive,
+        "prompt_ids": prompt,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion,
+        "completion_mask": completion_mask,
+        "counted": completion_mask.bool() & torch.tensor(correct)[:, None],
+        "width": width,
     }
 
 
 class BlockTrainer(Trainer):
-    """SFT of the blocks. Its checkpoints hold them alone, and have their name when they are whole (run_checkpoints)."""
+    """SFT of the blocks. Its checkpoints hold them alone, and have their name when they are whole (run_checkpoints).
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    update: how a batch is computed; loss and gradients do not depend on it.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, update: UpdateSection, **kwargs: Any) -> None:
+        add_fused_lm_head(model)
+        serve_packed(model)
+        super().__init__(model, **kwargs)
+        self.update = update
         self._staging: Path | None = None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The mean cross-entropy of the tokens counted on all ranks; of all parts but the last the backward pass has
+        then been run already."""
+        of_ranks = self.accelerator.reduce(inputs["counted"].sum().float(), reduction="mean")  # as gradients are
+        *parts, last = parts_of(inputs, inputs["width"], self.update, self.accelerator)
+        done = torch.zeros((), device=self.args.device)
+        for part in parts:
+            with accumulating(self.accelerator, model):
+                loss = self.cross_entropy(model, part) / of_ranks
+                backward(self.accelerator, loss)
+            done += loss.detach()
+        return self.cross_entropy(model, last) / of_ranks + done
+
+    def cross_entropy(self, model: Any, part: dict[str, Any]) -> Tensor:
+        """Summed over the counted tokens, by TRL's fused LM head, which never holds all logits."""
+        width, counted = part["width"], part["counted"]
+        batch = [part[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
+        if self.update.share_prompt:
+            logprobs = packed_logprobs(model, self.accelerator.unwrap_model(self.model), batch, width)[0]
+            return -(logprobs * counted).sum()
+        ids, mask = torch.cat(batch[::2], dim=1), torch.cat(batch[1::2], dim=1)
+        labels = torch.cat([torch.full_like(batch[0], IGNORED), batch[2].masked_fill(~counted, IGNORED)], dim=1)
+        alive = alive_from_mask(mask, width)
+        output = model(input_ids=ids, attention_mask=mask, bridge_alive=alive, labels=labels, fused_lm_head=True)
+        return -output.log_probs.sum()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.update.share_prompt:
+            return super().training_step(*args, **kwargs)
+        # Layers that are checkpointed run again in the backward pass, and look up their attention again.
+        with attention(self.accelerator.unwrap_model(self.model), PACKED):
+            return super().training_step(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         assert output_dir is not None
@@ -276,6 +317,7 @@ def train_blocks(
     args: TrainingArguments,
     callbacks: list[TrainerCallback],
     stop: Stop | None = None,
+    update: UpdateSection | None = None,
 ) -> list[dict[str, float]]:
     """SFT of the blocks on `groups` (those `usable`), the base frozen; returns the log history.
 
@@ -286,7 +328,8 @@ def train_blocks(
     output = Path(args.output_dir)
     checkpoint = run_checkpoints.checkpoint_to_resume("auto", output)
     trainer = BlockTrainer(
-        model=model,
+        model,
+        update=update or UpdateSection(),
         args=args,
         train_dataset=list(groups),
         data_collator=collate,

@@ -26,6 +26,7 @@ SMALL = {
 SHAPES = {
     "bridge": {"prompt": 300, "width": 4, "rows": 8},
     "lora": {"train": "lora", "family": "qwen2", "checkpointing": True, "prompt": 150},
+    "warm-up": {"warmup": True, "prompt": 120, "width": 8, "rows": 32},
     "full": {"train": "full", "tied": True, "vocabulary": 9000, "checkpointing": True, "accumulation": 2},
 }
 
@@ -47,8 +48,8 @@ def test_what_is_planned_is_within_15_percent_of_what_is_used(benchmark, name):
     shape = benchmark.Shape(name, **{**SMALL, **SHAPES[name]})
     measured = benchmark.measure(shape)
     result = benchmark.compare(shape, measured)
-    assert {phase: result[phase]["ratio"] for phase in benchmark.PHASES} == {
-        phase: pytest.approx(1, abs=0.15) for phase in benchmark.PHASES
+    assert {phase: result[phase]["ratio"] for phase in shape.phases} == {
+        phase: pytest.approx(1, abs=0.15) for phase in shape.phases
     }
     if name == "bridge":  # negative control: a plan that did not know that prompts are shared
         unshared = replace(shape, update={"share_prompt": False})
@@ -84,6 +85,31 @@ def test_a_token_budget_bounds_the_activations_and_accumulates_gradients():
 def test_a_term_grows_with_what_it_depends_on(override, phase, term):
     before, after = (getattr(memory, phase).terms[term] for memory in (planned(), planned(override)))
     assert after > before
+
+
+def warmup_planned(*overrides):
+    memory = make_plan(load_recipe(RECIPE_7B, overrides)).warmup
+    assert memory is not None
+    return memory
+
+
+def test_a_warmup_of_the_7b_recipe_fits_one_gpu_of_80_gb_and_is_planned_without_zero():
+    memory = warmup_planned()
+    assert memory.peak < 0.9 * 80 * 1e9
+    assert memory.rollout.terms["weights"] > 7 * 2e9
+    assert "gathered" not in memory.rollout.terms
+    assert "optimizer" not in memory.rollout.terms
+    assert memory.update.terms["optimizer"] < 0.1 * memory.update.terms["weights"] * 4  # of the blocks alone
+
+
+@pytest.mark.parametrize("override", ["warmup.groups_per_step=2", "warmup.samples=16", "warmup.max_new_tokens=4096"])
+def test_what_a_warmup_computes_at_once_is_in_its_plan(override):
+    assert warmup_planned(override).update.terms["activations"] > 1.5 * warmup_planned().update.terms["activations"]
+
+
+def test_a_token_budget_bounds_a_warmup_too():
+    whole, parts = (warmup_planned("warmup.groups_per_step=8", *more) for more in ([], ["update.token_budget=1"]))
+    assert whole.update.terms["activations"] == pytest.approx(8 * parts.update.terms["activations"], rel=0.2)
 
 
 def test_a_frozen_base_has_no_gradients_no_optimizer_state_and_keeps_less():

@@ -281,7 +281,19 @@ def test_a_dry_run_says_what_its_memory_is_for(no_weights_no_network, capsys):
     main(["train", str(RECIPES / "r1_distill_7b.yaml"), "--dry-run"])
     printed = capsys.readouterr().out
     assert "of 80 on a GPU in bf16; prompts of 512 tokens (assumed)" in printed
-    assert all(f"  {phase}, " in printed for phase in ("rollout", "update", "evaluation"))
+    phases = ("rollout", "update", "evaluation", "warm-up, rollout", "warm-up, update")
+    assert all(f"  {phase}, " in printed for phase in phases)
+    assert "memory: the warm-up's estimate" not in printed
+    main(["train", str(RECIPES / "r1_distill_7b.yaml"), "warmup.groups_per_step=32", "--dry-run"])
+    assert "memory: the warm-up's estimate is above launch.gpu_memory_gb" in capsys.readouterr().out
+
+
+def test_a_warmup_is_planned_for_the_longest_prompt_of_its_own_data(tmp_path, capsys):
+    data = tmp_path / "warm.jsonl"
+    data.write_text('{"problem": "12,35:47", "answer": "47"}\n')
+    main(["train", str(TINY), f"warmup.data={{path: {data}, check_answers: false}}", "warmup.problems=1", "--dry-run"])
+    told = "prompts of 22 tokens (the longest of the data), in the warm-up of 10 tokens (the longest of the data)"
+    assert told in capsys.readouterr().out
 
 
 def test_a_dry_run_lists_every_conflict(capsys):

@@ -110,6 +110,16 @@ def test_equal_prompts_of_different_groups_are_one():
     assert packed.counts.flatten().tolist() == [6, 6] + [1] * 6
 
 
+def test_an_empty_completion_is_nowhere():
+    prompts, completions = torch.full((4, 2), 3), torch.tensor([[4, 5], [0, 0], [6, 0], [0, 0]])
+    packed = pack_groups(prompts, torch.ones_like(prompts), completions, (completions > 0).long(), 2)
+    assert packed.ids.tolist() == [[3, 3, 4, 5, 6]]
+    assert packed.scored.tolist() == [1, 2, 1]
+    assert (packed.rows, packed.prompt_of_row) == ([(2, 4), (4, 5)], [0, 0])
+    assert packed.counts.flatten().tolist() == [2, 2, 1, 1, 1]
+    assert packed.alive[:, 1].any().item() is False
+
+
 def test_groups_that_were_split_are_refused():
     prompts, completions = torch.tensor([[3], [4]]), torch.ones(2, 1, dtype=torch.long)
     with pytest.raises(ValueError, match="do not share one prompt"):

@@ -8,13 +8,14 @@ from conftest import make_bridged
 from transformers import TrainingArguments
 
 import bridge_rl as br
-from bridge_rl.config import ModelSection, WarmupSection, load_recipe
+from bridge_rl.config import ModelSection, UpdateSection, WarmupSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.models import load_model, load_policy, load_tokenizer
 from bridge_rl.run import warmup_groups
 from bridge_rl.stop import Stop
+from bridge_rl.surgery import freeze_base
 from bridge_rl.tiny import is_correct, make_problems
 from bridge_rl.warmup import (
     WarmupGroup,
@@ -58,52 +59,72 @@ def test_a_batch_by_hand():
     """A group of two with completions of 2 and 1 tokens, and one of a single right row beside a wrong one."""
     wide, narrow = group([True, True, False], lengths=[2, 1, 2]), group([True, True], prompt=(5,), lengths=[1, 1])
     batch = collate([wide, narrow])
-    assert batch["input_ids"].tolist() == [
-        [3, 4, 10, 10],
-        [3, 4, 11, 0],
-        [3, 4, 12, 12],
-        [0, 5, 10, 0],
-        [0, 5, 11, 0],
-        [0, 5, 10, 0],  # the filler
-    ]
-    assert batch["labels"].tolist() == [
-        [-100, -100, 10, 10],
-        [-100, -100, 11, -100],
-        [-100, -100, -100, -100],  # a wrong row: seen by its siblings, not learnt
-        [-100, -100, 10, -100],
-        [-100, -100, 11, -100],
-        [-100, -100, -100, -100],
-    ]
-    assert batch["bridge_alive"].int().tolist() == [
-        [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]],
-        [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],  # nobody sees the filler
-    ]
+    assert batch["width"] == 3
+    assert batch["prompt_ids"].tolist() == [[3, 4]] * 3 + [[0, 5]] * 3
+    assert batch["prompt_mask"].tolist() == [[1, 1]] * 3 + [[0, 1]] * 3
+    assert batch["completion_ids"].tolist() == [[10, 10], [11, 0], [12, 12], [10, 0], [11, 0], [0, 0]]
+    assert batch["completion_mask"].tolist() == [[1, 1], [1, 0], [1, 1], [1, 0], [1, 0], [0, 0]]  # the last is a filler
+    # The third is a wrong row: seen by its siblings, not learnt.
+    assert batch["counted"].int().tolist() == [[1, 1], [1, 0], [0, 0], [1, 0], [1, 0], [0, 0]]
 
 
-def test_a_filler_row_changes_nothing_for_the_real_ones():
-    model = make_bridged("llama")
-    narrow = group([True, True])
-    with torch.no_grad():
-        alone = model(**collate([narrow])).logits
-        beside = model(**collate([narrow, group([True, True, True])])).logits
-    torch.testing.assert_close(beside[:2], alone, atol=1e-5, rtol=0)
+def sft_arguments(directory, **options):
+    fixed = {"report_to": [], "use_cpu": True, "remove_unused_columns": False, "disable_tqdm": True}
+    free = {"logging_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 2}
+    return TrainingArguments(str(directory), **fixed, **{**free, **options})
+
+
+def plain_loss(model, groups):
+    """The oracle: every group by itself, padded, with the logits of all its tokens."""
+    total, count = torch.zeros(()), 0
+    for one in groups:
+        batch = collate([one])
+        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        logits = model(input_ids=ids, attention_mask=mask, bridge_alive=mask.bool()[None]).logits
+        columns = batch["completion_ids"].shape[1]
+        logprobs = logits[:, -columns - 1 : -1].log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+        total = total - logprobs[batch["counted"]].sum()
+        count += int(batch["counted"].sum())
+    return total / count
+
+
+RAGGED = [
+    group([True, True, False], prompt=(3, 4, 5), lengths=[5, 2, 7]),
+    group([True, True], prompt=(6,), lengths=[1, 4]),
+    group([True, True, True, True], prompt=(7, 8), lengths=[2, 2, 6, 3]),
+]
+
+
+@pytest.mark.parametrize("kind", ["bridge", "pmatch"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_loss_and_gradients_are_those_of_the_plain_model(tmp_path, family, kind, checkpointing, budget, share_prompt):
+    """Fails if a narrower group hears its fillers, or if a part of a batch is weighted by its own tokens."""
+    plain, model = make_bridged(family, kind), make_bridged(family, kind)
+    freeze_base(plain)
+    expected = plain_loss(plain, RAGGED)
+    expected.backward()
+    args = sft_arguments(
+        tmp_path,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=3,
+        gradient_checkpointing=checkpointing,
+    )
+    [entry, _] = train_blocks(model, RAGGED, args, [], update=UpdateSection(share_prompt, token_budget=budget))
+    assert entry["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    for (name, after), (_, before) in zip(br.bridge_parameters(model), br.bridge_parameters(plain), strict=True):
+        gradient, wanted = (before - after).detach(), before.grad
+        torch.testing.assert_close(gradient, wanted, atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_only_the_blocks_learn_and_the_loss_falls(tmp_path):
     model = make_bridged("llama")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    args = TrainingArguments(
-        str(tmp_path),
-        max_steps=30,
-        learning_rate=1e-2,
-        logging_steps=1,
-        per_device_train_batch_size=2,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
+    args = sft_arguments(tmp_path, max_steps=30, learning_rate=1e-2)
     history = train_blocks(model, [group([True, True]), group([True, True, True])], args, [])
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
@@ -112,17 +133,7 @@ def test_only_the_blocks_learn_and_the_loss_falls(tmp_path):
 
 
 def test_a_warmup_killed_behind_its_last_checkpoint_keeps_blocks_and_history(tmp_path):
-    args = TrainingArguments(
-        str(tmp_path),
-        max_steps=4,
-        logging_steps=1,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        report_to=[],
-        use_cpu=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
+    args = sft_arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     groups = [group([True, True]), group([True, True, True])]
     whole, again = make_bridged("llama"), make_bridged("llama")
     history = train_blocks(whole, groups, args, [])

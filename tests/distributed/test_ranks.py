@@ -60,6 +60,23 @@ def warmed(tmp_path_factory) -> Path:
     return output / "warmup"
 
 
+def test_a_warmup_of_two_ranks_in_parts_takes_the_steps_of_one(warmed, tmp_path):
+    """Each rank's own lengths ask for another number of parts, and each has another number of tokens."""
+    shared = (*SMALL, "warmup.steps=2", f"warmup.path={warmed}/groups.jsonl")
+    command = ("launch/warmup.py", "recipes/tiny_arith.yaml", *shared)
+    alone, together = tmp_path / "one", tmp_path / "two"
+    launched(*command, f"output_dir={alone}", "warmup.groups_per_step=8")
+    launched(*command, f"output_dir={together}", "update.token_budget=300", config="cpu_ddp")
+    ours, theirs = (
+        [json.loads(line) for line in (output / "warmup/history.jsonl").read_text().splitlines()]
+        for output in (together, alone)
+    )
+    assert [entry["loss"] for entry in ours[:2]] == pytest.approx([entry["loss"] for entry in theirs[:2]], abs=1e-5)
+    blocks = [dict(br.bridge_parameters(br.load_bridge(output / "warmup"))) for output in (together, alone)]
+    for name, parameter in blocks[1].items():
+        torch.testing.assert_close(blocks[0][name], parameter, atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def run(warmed: Path, output: Path, rows: int, config: str | None = None, *overrides: str) -> dict:
     shutil.copytree(warmed, output / "warmup")
     facts = output / "facts.json"
