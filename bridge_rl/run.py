@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
@@ -93,6 +94,7 @@ def train(recipe: Recipe) -> dict[str, float]:
     check_positions_of(recipe, tokenizer, train_set, eval_set)
     if recipe.warmup is not None:
         warm_up(recipe)
+        clear_device_cache(garbage_collection=True)  # its model and trainer refer to each other
     start_tracking(recipe, resumed=checkpoint is not None)
     model = load_policy(recipe)
     made_before = [] if checkpoint is None or recipe.bridge is None else [checkpoint]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -218,6 +219,24 @@ def test_variables_of_the_chat_template_go_with_the_tokenizer(tmp_path):
     (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="base has no chat template"):
         load_tokenizer(ModelSection(str(tmp_path / "base"), chat_template_kwargs=options))
+
+
+def test_the_model_of_the_warmup_is_gone_before_that_of_the_run_is_loaded(tmp_path, monkeypatch):
+    """Two models of 7B, one of them of no use, may be more than a GPU holds."""
+    loaded, load = [], run.load_policy
+
+    def spied(recipe):
+        if loaded:
+            assert loaded[0]() is None
+            raise KeyboardInterrupt
+        model = load(recipe)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run, "load_policy", spied)
+    small = ["warmup.problems=16", "warmup.steps=1", "warmup.groups_per_step=2"]
+    with pytest.raises(KeyboardInterrupt):
+        run.train(load_recipe("recipes/tiny_arith.yaml", [f"output_dir={tmp_path}", *small]))
 
 
 def test_the_warmup_of_a_recipe_that_did_not_know_a_key_yet_is_taken(finished, tmp_path, capsys):
