@@ -124,8 +124,16 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", nargs="*", type=Path, metavar="DIR", help="what bridge-rl eval wrote")
-    parser.add_argument("--run", type=Path, default=None, help="training run for its curves; default: the model's")
+    parser.add_argument(
+        "directories",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="what bridge-rl eval wrote; the first is compared with others",
+    )
+    parser.add_argument(
+        "--run", type=Path, default=None, help="training run for the first one's curves; default: its model's"
+    )
     parser.add_argument("--wandb", default=None, metavar="PROJECT", help="save a dashboard for this W&B project")
     parser.add_argument("--entity", default=None, help="whose W&B project; default: the key's")
     parser.add_argument("--widths", default="1,2,4,8", help="of the evaluations in the W&B dashboard")

@@ -59,8 +59,11 @@ def read_zero(checkpoint: Path, trained_only: bool) -> dict[str, Tensor]:
         )
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
-        tensors = get_fp32_state_dict_from_zero_checkpoint(checkpoint, exclude_frozen_parameters=trained_only)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
+            tensors = get_fp32_state_dict_from_zero_checkpoint(checkpoint, exclude_frozen_parameters=trained_only)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{checkpoint}: its shards cannot be read ({error}): name another checkpoint.") from error
     copies = {tensor.data_ptr(): tensor.clone() for tensor in tensors.values()}
     return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
 

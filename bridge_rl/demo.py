@@ -21,6 +21,7 @@ from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.run import load_eval_prompts, train
 
+SAMPLES, FIGURES = Path("base", "samples"), "demo.json"  # what a demo writes first and last
 # Made by `bridge-rl train recipes/tiny_arith_rlvr_only.yaml`: the same steps take as long as the demo itself.
 SHIPPED = Path(__file__).parent / "tiny" / "rlvr_only.json"
 
@@ -31,11 +32,11 @@ def demo(output: Path) -> None:
     recipe_path = find_file("recipes/tiny_arith.yaml")
     if recipe_path is None:
         raise UserError("recipes/tiny_arith.yaml is not here: run the demo in a clone of the repository.")
-    directory = unused(output)
+    directory = place_of_demo(output)
     recipe = load_recipe(recipe_path, [f"output_dir={directory}", "logging.wandb=offline"])
     print(describe(recipe, check(recipe)), flush=True)
 
-    base = evaluate_base(recipe, directory / "base")
+    base = evaluate_base(recipe, directory / SAMPLES)
     train(recipe)
     results = sorted((directory / "evaluation").glob("step_*/results.json"))[-1]
     arms = {
@@ -48,25 +49,25 @@ def demo(output: Path) -> None:
     plot_widths(arms, directory / "widths.png")
     minutes = (time.perf_counter() - start) / 60
     content = {**provenance(), "minutes": minutes, "arms": {n: [asdict(r) for r in rs] for n, rs in arms.items()}}
-    (directory / "demo.json").write_text(json.dumps(content, indent=2) + "\n")
+    (directory / FIGURES).write_text(json.dumps(content, indent=2) + "\n")
     print(f"\n{minutes:.1f} minutes; the plot is {directory / 'widths.png'}, the figures are in demo.json beside it")
     print(f"sample it yourself:  bridge-rl generate --model {directory} --width 4 12,35,27,19,31,22:49")
     print(f"send the W&B logs:   wandb sync {directory}/wandb/offline-run-*")
 
 
-def unused(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that does not exist: a demo overwrites nothing."""
+def place_of_demo(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist, or where a demo was cut off, which goes on."""
     candidates = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
-    return next(candidate for candidate in candidates if not candidate.exists())
+    return next(c for c in candidates if not c.exists() or ((c / SAMPLES).is_dir() and not (c / FIGURES).exists()))
 
 
-def evaluate_base(recipe: Recipe, directory: Path) -> list[Summary]:
+def evaluate_base(recipe: Recipe, samples: Path) -> list[Summary]:
     """The base at the recipe's widths; its rows are independent, so only what is said of sets depends on the width."""
     model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
     prompts = load_eval_prompts(recipe, tokenizer)
     assert prompts is not None  # the embedded recipe has held-out problems
     rows, judge = prompts.to_list(), Judge.of(recipe.rewards[0])
-    section, limit, store = recipe.evaluation, recipe.rollout.max_new_tokens, SampleStore(directory / "samples")
+    section, limit, store = recipe.evaluation, recipe.rollout.max_new_tokens, SampleStore(samples)
     evaluation = plan_evaluation(model, tokenizer, rows, judge, section, limit, recipe.seed, store)
     with Bar("base", num_completions(evaluation.shares())) as bar:
         return analyse(evaluation.run(bar.update), section.widths, listening=False, meta={}).summaries

@@ -14,6 +14,7 @@ by the request alone, not by the model's generation_config; generation arguments
 are those of single rows (width 1): a request to score has no siblings.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from bridge_rl.cli import run_command
 from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError, check_kind
-from bridge_rl.evaluation.run import eos_ids, group_index
+from bridge_rl.evaluation.run import eos_ids, group_index, listens
 from bridge_rl.models import load_model, load_tokenizer, model_config
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.sampling import stream_seed
@@ -119,6 +120,10 @@ class BridgeLM(HFLM):
         check_kind("--model_args seed", seed, int)
         if seed < 0:
             raise UserError(f"--model_args seed is {seed}: it must not be negative.")
+        if "max_length" in others:
+            check_kind("--model_args max_length", others["max_length"], int)
+        if not re.fullmatch(r"auto(:\d+)?|0*[1-9]\d*", str(batch_size)):
+            raise UserError(f"--batch_size is {batch_size}: use a whole number of at least 1, or auto.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # On the command line lm_eval says cuda:0 by default, also where there is no GPU.
         dtype = dtype or ("bfloat16" if torch.cuda.is_available() and device.startswith("cuda") else "float32")
@@ -148,6 +153,11 @@ class BridgeLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The completion of every request, in their order, cut before the first stop string."""
         groups = split_requests(requests, self.width)
+        if self.width is None and listens(self.model) and any(group.width == 1 for group in groups):
+            warning_once(
+                eval_logger,
+                "A task has repeats 1, so that its rows run at width 1, without siblings: set `repeats` in its YAML.",
+            )
         alike: dict[SamplingParams, list[int]] = {}  # places of groups
         for place, group in enumerate(groups):
             alike.setdefault(self.sampling_params(group), []).append(place)
@@ -156,11 +166,11 @@ class BridgeLM(HFLM):
             for params, places in alike.items():
                 for number, rows in self.sample([groups[place] for place in places], params):
                     texts[places[number]] = rows
+                    asked = groups[places[number]]
+                    for text in rows:
+                        self.cache_hook.add_partial("generate_until", (asked.context, asked.settings), text)
                     bar.update(len(rows))
-        results = [text for place in range(len(groups)) for text in texts[place]]
-        for request, text in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return results
+        return [text for place in range(len(groups)) for text in texts[place]]
 
     def sample(self, groups: Sequence[GroupRequest], params: SamplingParams) -> Iterator[tuple[int, list[str]]]:
         """(place, texts of its rows) of each group, as they end."""

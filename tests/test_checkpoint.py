@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import bridge_rl as br
 from bridge_rl.checkpoint import write_config
 from bridge_rl.config import ModelSection, Recipe, RewardSection
-from bridge_rl.convert import convert
+from bridge_rl.convert import convert, read_zero
 from bridge_rl.errors import UserError
 from bridge_rl.fingerprint import fingerprint
 from bridge_rl.models import load_model, load_policy, load_tokenizer
@@ -301,3 +301,12 @@ def test_a_model_inside_peft_is_not_saved_as_a_bridge(bridged, tmp_path):
     wrapped = get_peft_model(bridged, LoraConfig(target_modules="all-linear", modules_to_save=["bridge"]))
     with pytest.raises(ValueError, match="wrapped by PEFT"):
         br.save_bridge(wrapped, tmp_path)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_shards_that_are_not_there_are_named(tmp_path, empty):
+    (tmp_path / "latest").write_text("global_step4")
+    if empty:
+        (tmp_path / "global_step4").mkdir()
+    with pytest.raises(UserError, match="its shards cannot be read"):
+        read_zero(tmp_path, trained_only=False)

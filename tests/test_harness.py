@@ -197,6 +197,9 @@ def test_each_group_of_a_document_has_an_index_of_its_own():
         ({"seed": "abc"}, "--model_args seed is 'abc': it must be a whole number"),
         ({"pretrained": None}, "--model_args names no model: write pretrained="),
         ({"dtype": "float16"}, "--model_args dtype is float16"),
+        ({"max_length": "abc"}, "--model_args max_length is 'abc': it must be a whole number"),
+        ({"batch_size": "abc"}, "--batch_size is abc: use a whole number"),
+        ({"batch_size": 0}, "--batch_size is 0: use a whole number"),
     ],
 )
 def test_model_arguments_that_are_not_served_are_named(model_args, message):
@@ -250,6 +253,31 @@ def test_greedy_rows_are_equal_and_said_to_be(model, caplog, monkeypatch):
         first, second = model.generate_until(requests_of(settings))
     assert first == second
     assert caplog.text.count("Greedy decoding makes the rows of a group equal") == 1
+
+
+def test_a_bridge_without_siblings_is_said_to_be(checkpoint, caplog, monkeypatch):
+    warning_once.cache_clear()
+    monkeypatch.setattr("bridge_rl.harness.eval_logger.parent.propagate", True)
+    alone = [Instance("generate_until", {}, requests_of(SAMPLED)[0].args, 0, ("task", 0, 1))]
+    BridgeLM(checkpoint, device="cpu", width=1).generate_until(alone)  # as it was asked for
+    assert "without siblings" not in caplog.text
+    BridgeLM(checkpoint, device="cpu").generate_until(alone)
+    assert "its rows run at width 1, without siblings" in caplog.text
+
+
+def test_what_was_completed_before_a_failure_is_in_the_cache(model, monkeypatch):
+    kept, sample = [], model.sample
+
+    def failing(groups, params):
+        yield next(iter(sample(groups, params)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "sample", failing)
+    monkeypatch.setattr(model.cache_hook, "add_partial", lambda *entry: kept.append(entry))
+    requests = requests_of({"do_sample": False, "max_gen_toks": 4, "until": []})
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until(requests)
+    assert [entry[:2] for entry in kept] == [("generate_until", request.args) for request in requests]
 
 
 def test_sampling_is_never_served_from_the_cache(checkpoint, tasks, tmp_path):

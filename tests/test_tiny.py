@@ -11,6 +11,7 @@ import pytest
 import bridge_rl as br
 from bridge_rl.config import ModelSection
 from bridge_rl.data import prompt_tokens
+from bridge_rl.demo import place_of_demo
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.tiny import checked_products, equations, make_base, products, word_problems
@@ -117,6 +118,24 @@ def test_distinct_problems_are_those_of_the_split_once_each_until_there_are_no_m
     assert products.dataset(11, 100, "test", distinct=True) == rows[:100]
     with pytest.raises(UserError, match=r"only \d+ different problems, not 9999"):
         products.dataset(11, 9999, "test", distinct=True)
+
+
+def test_a_demo_that_was_cut_off_goes_on_where_it_was_and_overwrites_no_other(tmp_path):
+    path = tmp_path / "demo"
+    assert place_of_demo(path) == path
+    (path / "base" / "samples").mkdir(parents=True)
+    assert place_of_demo(path) == path
+    (path / "demo.json").write_text("{}")
+    (tmp_path / "demo-2").mkdir()  # of something else
+    assert place_of_demo(path) == tmp_path / "demo-3"
+
+
+def test_a_base_that_could_not_be_written_is_not_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["make_base", "two_tries", "--output", str(tmp_path / "file")])
+    monkeypatch.setattr(make_base, "batches", lambda *args: pytest.fail("trained"))
+    with pytest.raises(FileExistsError):
+        make_base.main()
 
 
 def test_demonstrated_products_are_right_and_stand_at_fixed_columns():

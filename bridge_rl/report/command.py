@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,8 @@ from matplotlib.figure import Figure
 
 from bridge_rl.cli import parse_numbers
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.aggregate import by_setting, compare, regroup
-from bridge_rl.evaluation.results import Comparison, Results, read_results
+from bridge_rl.evaluation.aggregate import by_setting, compare, problem_means, regroup
+from bridge_rl.evaluation.results import Comparison, Results, Summary, read_results
 from bridge_rl.evaluation.samples import SampledGroup, SampleStore
 from bridge_rl.report import html, tables
 from bridge_rl.report.drawing import as_svg, save_png
@@ -65,20 +66,23 @@ class Evaluation:
     def groups(self) -> list[SampledGroup]:
         """Those that the results are of; empty where there are no samples beside them."""
         samples = self.directory / "samples"
-        return counted(SampleStore(samples).read(), self.results.summaries) if samples.is_dir() else []
+        if not samples.is_dir():
+            return []
+        groups = counted(SampleStore(samples).read(), self.results.summaries)
+        check_whole(groups, self.results.summaries, samples)
+        return groups
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write the reports of each directory; with several, compare the first with the others; save the W&B view."""
+    """Write the report of the first directory, with others compared with them; save the W&B view."""
     if not args.directories and args.wandb is None:
         raise UserError("bridge-rl report: name a directory that bridge-rl eval wrote, or --wandb PROJECT.")
     evaluations = [Evaluation(directory) for directory in args.directories]
     check_different(args.directories)
     for other in evaluations[1:]:
         check_comparable(evaluations[0], other)
-    for place, evaluation in enumerate(evaluations):
-        others = evaluations[1:] if place == 0 else []
-        for path in write_evaluation(evaluation, args.run, others):
+    if evaluations:
+        for path in write_evaluation(evaluations[0], args.run, evaluations[1:]):
             print(path)
     if len(evaluations) > 1:
         say_compared(evaluations)
@@ -179,9 +183,10 @@ def read_history(run: Path | None) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}, is no JSON ({error}): mend or delete the line.") from error
+            entry = json.loads(line)
+            entries.append({"step": entry["step"], **entry})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}, is no log entry ({error}): mend or delete the line.") from error
     return entries
 
 
@@ -200,6 +205,28 @@ def check_place(directory: Path) -> None:
         )
 
 
+def check_whole(groups: Sequence[SampledGroup], summaries: Sequence[Summary], samples: Path) -> None:
+    """Raise UserError unless the groups are those that the results are of: some may be gone, or not copied."""
+    alone, found = regrouped(summaries, groups), by_setting(groups)
+    for summary in summaries:
+        single = summary.condition in alone
+        own = found.get((summary.condition, 1 if single else summary.width), [])
+        own = regroup(own, summary.width) if single else own
+        expected = summary.problems * summary.groups_per_problem
+        # Where rows of a model that heard each other are gone, those of width 1 are no more of the same accuracy.
+        same = not single or not own or is_close(problem_means(own)["pass@1"], summary.metrics["pass@1"].value)
+        if len(own) != expected or not same:
+            raise UserError(
+                f"{samples} holds other groups than those of results.json (condition {summary.condition}, width "
+                f"{summary.width}: {len(own)} of {expected}{'' if same else ', with another accuracy'}): run the same "
+                "bridge-rl eval again, which samples what is missing."
+            )
+
+
+def is_close(means: Mapping[int, float], value: float) -> bool:
+    return math.isclose(sum(means.values()) / len(means), value, abs_tol=1e-6)
+
+
 def check_different(directories: Sequence[Path]) -> None:
     """Raise UserError where one directory is named twice."""
     for place, directory in enumerate(directories):
@@ -216,6 +243,11 @@ def check_comparable(first: Evaluation, second: Evaluation) -> None:
         if suites := one.results.meta.get("suites"):
             inside = one.directory / suites[0]
             raise UserError(f"{one.directory} is a mean over suites, without samples: compare one suite, as {inside}.")
+        if not one.groups:
+            raise UserError(
+                f"{one.directory} has no samples ({one.directory / 'samples'}), of which a comparison is made: copy "
+                "them too, or evaluate again."
+            )
     if first.suite != second.suite:
         raise UserError(
             f"{first.directory} and {second.directory} cannot be compared: one is on {first.suite}, the other on "

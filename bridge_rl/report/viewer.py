@@ -151,7 +151,6 @@ def read_problems(path: Path) -> dict[int, dict[str, Any]]:
 def read_pieces(path: Path) -> dict[str, str]:
     """Text of each token id in `pieces.json`. Raises UserError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}): evaluate again to write it.") from error
-    return dict(content)

@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the training
 
     torch.manual_seed(args.seed)
     task = TASKS[args.task]

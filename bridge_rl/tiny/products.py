@@ -3,7 +3,7 @@
 Problem:  three numbers from 2 to 29, with two digits: `07*12*19`.
 Solution: two of them multiplied, then the third: `19*07=133;133*12=01596`. It is right iff it ends in their product.
 
-Every number stands in a fixed number of digits, so a solution always has 23 characters and the digits of the product
+Every number stands in a fixed number of digits, so a solution always has 22 characters and the digits of the product
 stand at fixed columns. Which pair comes first is free: rows that chose differently arrive at the same product by other
 multiplications, of which the model has some wrong. That is what rows can tell each other while they write it.
 """

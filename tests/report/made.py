@@ -34,7 +34,7 @@ def estimate(value: float, half: float = 0.03) -> Estimate:
     return Estimate(value, max(0.0, value - half), min(1.0, value + half))
 
 
-def summary(condition: str, width: int, problems: int = 60) -> Summary:
+def summary(condition: str, width: int, problems: int) -> Summary:
     gain = 0.05 * math.log2(width) if condition == "model" else 0.0
     right = BASE[condition] + gain
     metrics = {
@@ -76,10 +76,10 @@ def length_point(width: int, limit: int) -> LengthPoint:
     return LengthPoint("model", width, limit, estimate(right), math.exp(-limit / 150))
 
 
-def make_results(widths: Sequence[int] = (1, 2, 4, 8), model: str = "runs/demo_$x_1") -> Results:
+def make_results(widths: Sequence[int] = (1, 2, 4, 8), model: str = "runs/demo_$x_1", problems: int = 60) -> Results:
     """Every section filled: a model whose siblings help."""
-    summaries = [summary("model", width) for width in widths]
-    summaries += [summary(name, width) for name in ("shuffled", "disabled") for width in widths if width > 1]
+    summaries = [summary("model", width, problems) for width in widths]
+    summaries += [summary(name, width, problems) for name in ("shuffled", "disabled") for width in widths if width > 1]
     top = max(widths)
     best = f"model, width {top}"
     return Results(
@@ -190,7 +190,7 @@ def make_evaluation(
     model: str = "runs/demo_$x_1",
 ) -> Path:
     """Write one to `directory` and return that."""
-    results = make_results(widths, model)
+    results = make_results(widths, model, problems)
     write_results(results, directory / "results.json")
     SampleStore(directory / "samples").append(make_samples(results, problems, steps, seed))
     lines = [

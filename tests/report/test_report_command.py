@@ -12,6 +12,8 @@ from report.made import make_evaluation, make_group
 from bridge_rl.cli import add_report_arguments
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import compare
+from bridge_rl.evaluation.analyse import analyse
+from bridge_rl.evaluation.results import write_results
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.report import command, tables
 
@@ -50,8 +52,8 @@ def test_one_directory_gives_page_tables_and_figures(tmp_path, run, capsys):
     assert {path.name for path in directory.iterdir()} == {
         *WRITTEN, "results.json", "samples", "problems.jsonl", "pieces.json"
     }  # fmt: skip
-    assert "| model | 2 | 60 | 4 | 0.480 [0.450, 0.510] |" in (directory / "table.md").read_text()
-    assert "model & 2 & 60 & 4 & 0.480 [0.450, 0.510] &" in (directory / "table.tex").read_text()
+    assert "| model | 2 | 3 | 4 | 0.480 [0.450, 0.510] |" in (directory / "table.md").read_text()
+    assert "model & 2 & 3 & 4 & 0.480 [0.450, 0.510] &" in (directory / "table.tex").read_text()
     report(str(directory), "--run", str(run))
     assert (directory / "training.png").is_file()
 
@@ -60,7 +62,7 @@ def test_a_half_line_of_the_history_is_named(tmp_path, run):
     directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
     lines = (run / "history.jsonl").read_text().splitlines()
     (tmp_path / "history.jsonl").write_text("\n".join([*lines[:2], lines[2][:9]]))
-    with pytest.raises(UserError, match=r"history.jsonl, line 3, is no JSON .*: mend or delete the line"):
+    with pytest.raises(UserError, match=r"history.jsonl, line 3, is no log entry .*: mend or delete the line"):
         report(str(directory), "--run", str(tmp_path))
 
 
@@ -125,6 +127,8 @@ def test_runs_are_compared_on_the_same_problems(tmp_path, capsys):
     assert "Caution" not in out
     assert f"{first} is compared with {second} in {first / 'report.html'}" in out
 
+    report(str(second), str(first))  # which leaves the other's comparison as it is
+    assert (first / "comparison.md").is_file()
     report(str(first))  # alone: what was drawn of several runs is out of date
     assert not (first / "runs.png").exists()
     assert not (first / "comparison.md").exists()
@@ -140,6 +144,49 @@ def test_runs_are_compared_on_the_samples_of_their_results(tmp_path):
     SampleStore(first / "samples").append([*more, *wider])
     SampleStore(second / "samples").append(wider)
     assert command.compare_runs(command.Evaluation(first), command.Evaluation(second)) == before
+
+
+@pytest.mark.parametrize("kept", [{"width": 1}, {"problem": 0}, {"condition": "model"}])
+def test_samples_that_are_not_those_of_the_results_are_refused(tmp_path, kept):
+    """A copy that was cut off, a line that was deleted. Rows of width 1 alone would pass for those of a base."""
+    directory = make_evaluation(tmp_path / "eval", widths=(1, 4), problems=12)
+    groups = SampleStore(directory / "samples").read()
+    for path in (directory / "samples").iterdir():
+        path.unlink()
+    SampleStore(directory / "samples").append([g for g in groups if all(getattr(g, k) == v for k, v in kept.items())])
+    for use in (command.write_report, lambda place: command.compare_runs(*[command.Evaluation(place)] * 2)):
+        with pytest.raises(UserError, match=r"samples holds other groups than those of results\.json .* again"):
+            use(directory)
+
+
+def test_without_samples_there_is_nothing_to_compare(tmp_path):
+    first = make_evaluation(tmp_path / "first", problems=3, widths=(1, 2))
+    second = make_evaluation(tmp_path / "second", problems=3, widths=(1, 2))
+    shutil.rmtree(second / "samples")
+    with pytest.raises(UserError, match="second has no samples"):
+        report(str(first), str(second))
+
+
+def test_curves_of_a_run_are_shown_on_the_page_of_its_model_alone(tmp_path, run):
+    first = make_evaluation(tmp_path / "first", problems=3, widths=(1, 2))
+    second = make_evaluation(tmp_path / "second", problems=3, widths=(1, 2))
+    report(str(first), str(second), "--run", str(run))
+    assert (first / "training.png").is_file()
+    assert not (second / "training.png").exists()
+
+
+@pytest.mark.parametrize("line", ["5", "{}"])
+def test_a_line_of_the_history_that_is_no_entry_is_named(tmp_path, line):
+    (tmp_path / "history.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match="line 1, is no log entry"):
+        command.read_history(tmp_path)
+
+
+def test_pieces_of_another_kind_are_named(tmp_path):
+    directory = make_evaluation(tmp_path / "eval", problems=3, widths=(1, 2))
+    (directory / "pieces.json").write_text("5")
+    with pytest.raises(UserError, match=r"pieces\.json cannot be read"):
+        command.write_report(directory)
 
 
 def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
@@ -202,6 +249,8 @@ def test_rows_without_a_bridge_are_compared_at_every_width(tmp_path):
     rng = random.Random(0)
     alone = [make_group(rng, "model", 1, problem, number, 20) for problem in range(12) for number in range(8)]
     SampleStore(second.directory / "samples").append(alone)
+    write_results(analyse(alone, (1, 2, 4), False, second.results.meta), second.directory / "results.json")
+    second = command.Evaluation(second.directory)
     comparisons = command.compare_runs(first, second)
     assert [(c.name, c.metric) for c in comparisons if c.metric in ("pass@1", "any")] == [
         ("width 1", "pass@1"), ("width 2", "pass@1"), ("width 2", "any"), ("width 4", "pass@1"), ("width 4", "any")
