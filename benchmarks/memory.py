@@ -167,7 +167,9 @@ def prepare(shape: Shape, directory: str) -> Callable[[], object]:
     if shape.warmup:
         tokens = torch.randint(3, 60, (2 * shape.rows // shape.width, shape.prompt + 1 + shape.new_tokens)).tolist()
         groups = [
-            WarmupGroup("", own[: shape.prompt + 1], [own[shape.prompt + 1 :]] * shape.width, [], [True] * shape.width)
+            WarmupGroup(
+                "", own[: shape.prompt + 1], *([item] * shape.width for item in (own[shape.prompt + 1 :], "", True))
+            )
             for own in tokens
         ]
         return lambda: train_blocks(model, groups, warmup_arguments(recipe), [], update=recipe.update)

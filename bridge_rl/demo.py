@@ -1,6 +1,7 @@
 """`make demo`: the embedded recipe from warm-up to evaluation, beside the base and beside RLVR without a Bridge."""
 
 import json
+import os
 import time
 from dataclasses import asdict
 from itertools import chain, count
@@ -32,6 +33,7 @@ def demo(output: Path) -> None:
     recipe_path = find_file("recipes/tiny_arith.yaml")
     if recipe_path is None:
         raise UserError("recipes/tiny_arith.yaml is not here: run the demo in a clone of the repository.")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process trains on one GPU
     directory = place_of_demo(output)
     recipe = load_recipe(recipe_path, [f"output_dir={directory}", "logging.wandb=offline"])
     print(describe(recipe, check(recipe)), flush=True)

@@ -87,7 +87,10 @@ def serve_packed(model: PreTrainedModel | PeftModel) -> None:
         return output
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.base_model.register_forward_hook(keep_scored, with_kwargs=True)
+    backbone = base.base_model
+    if not getattr(backbone, "serves_packed", False):  # by an earlier trainer: twice would pick from what was picked
+        backbone.register_forward_hook(keep_scored, with_kwargs=True)
+        backbone.serves_packed = True
 
 
 def packed_inputs(packed: PackedGroups, has_bridge: bool) -> dict[str, Any]:

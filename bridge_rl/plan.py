@@ -118,6 +118,11 @@ def check(recipe: Recipe) -> Plan:
             f"launch.num_processes is {planned} but this run has {world}, so an update would see another number of "
             f"prompts: accelerate launch {planned} processes, or set launch.num_processes={world}."
         )
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process, which would split groups over them: start "
+            "it by accelerate launch, or with CUDA_VISIBLE_DEVICES=0."
+        )
     plan = make_plan(recipe)
     if plan.conflicts:
         more = f" ({len(plan.conflicts)} conflicts in all: --dry-run lists them)" if len(plan.conflicts) > 1 else ""

@@ -172,11 +172,13 @@ def warm_up(recipe: Recipe) -> None:
         if state.is_main_process:
             print(f"warm-up: taken from {directory}", flush=True)
         return
-    if (uses_deepspeed() or uses_fsdp()) and state.num_processes > 1:
+    if uses_deepspeed() or uses_fsdp():
         raise UserError(
             "warmup: the warm-up runs without ZeRO and FSDP (it trains the new parameters only), so run it first: "
             "accelerate launch launch/warmup.py with the same recipe and overrides."
         )
+    if section.path is not None and Path(section.path).is_dir():
+        raise UserError(f"warmup.path is {section.path}, a directory: name a file in it, such as groups.jsonl.")
     tokenizer = training_tokenizer(recipe)
     judge = Judge.of(recipe.rewards[0])
     model = load_policy(replace(recipe, train="bridge")).to(state.device)  # the base stays in its own dtype

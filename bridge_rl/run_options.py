@@ -39,9 +39,13 @@ def prepare_distributed(recipe: Recipe) -> None:
 
 
 def device_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Where and in what precision to run: bf16 on a GPU, fp32 on CPU (over gloo with several processes)."""
+    """Where and in what precision to run: bf16 on a GPU, fp32 on CPU (over gloo with several processes).
+
+    A process has one precision: the warm-up's is that of the run after it.
+    """
     if torch.cuda.is_available():
-        return {"bf16": recipe.training.get("bf16", not recipe.training.get("fp16"))}
+        fp16 = bool(recipe.training.get("fp16"))
+        return {"bf16": recipe.training.get("bf16", not fp16), "fp16": fp16}
     if uses_deepspeed():
         # With use_cpu accelerate would believe in a world of one process.
         return {"bf16": False, "use_cpu": False, "ddp_backend": "gloo"}
@@ -94,6 +98,7 @@ def warmup_arguments(recipe: Recipe) -> TrainingArguments:
         seed=recipe.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
+        logging_nan_inf_filter=False,
         gradient_checkpointing=recipe.training.get("gradient_checkpointing", True),
         **device_arguments(recipe),
     )

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from bridge_rl.evaluation.run import ROWS_PER_WRITE, batches
 from bridge_rl.evaluation.samples import drop_half_line
 from bridge_rl.files import write_whole
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
+from bridge_rl.guards import poison
 from bridge_rl.packed_forward import PACKED, packed_logprobs, serve_packed
 from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
@@ -61,6 +62,15 @@ class WarmupGroup:
     completion_ids: list[list[int]]
     completions: list[str]
     correct: list[bool]
+
+    def __post_init__(self) -> None:
+        ids = [self.prompt_ids, *self.completion_ids]
+        if not len(self.completion_ids) == len(self.completions) == len(self.correct):
+            raise ValueError("completion_ids, completions and correct must have one entry a completion")
+        if not all(ids) or not all(type(token) is int for row in ids for token in row):
+            raise ValueError("prompt_ids and each of completion_ids must be token ids, at least one")
+        if not all(type(right) is bool for right in self.correct):
+            raise ValueError("correct must be true or false for each completion")
 
 
 class WarmupStore:
@@ -242,14 +252,20 @@ def collate(groups: Sequence[WarmupGroup]) -> dict[str, Any]:
 class BlockTrainer(Trainer):
     """SFT of the blocks. Its checkpoints hold them alone, and have their name when they are whole (run_checkpoints).
 
-    update: how a batch is computed; loss and gradients do not depend on it.
+    update: how a batch is computed; loss and gradients do not depend on it. stop: learns how long saves take.
     """
 
-    def __init__(self, model: PreTrainedModel, *, update: UpdateSection, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, update: UpdateSection, stop: Stop | None = None, **kwargs: Any
+    ) -> None:
         add_fused_lm_head(model)
         serve_packed(model)
         super().__init__(model, **kwargs)
-        self.update = update
+        self.update, self.stop = update, stop
+        blocks = bridge_parameters(self.accelerator.unwrap_model(self.model))
+        self.checkpoint_bytes = 3 * sum(p.numel() * p.element_size() for _, p in blocks)  # with Adam's two moments
+        if stop is not None:
+            stop.save_bytes = self.checkpoint_bytes
         self._staging: Path | None = None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -260,10 +276,10 @@ class BlockTrainer(Trainer):
         done = torch.zeros((), device=self.args.device)
         for part in parts:
             with accumulating(self.accelerator, model):
-                loss = self.cross_entropy(model, part) / of_ranks
+                loss = poison(self.cross_entropy(model, part) / of_ranks)
                 backward(self.accelerator, loss)
             done += loss.detach()
-        return self.cross_entropy(model, last) / of_ranks + done
+        return poison(self.cross_entropy(model, last) / of_ranks) + done
 
     def cross_entropy(self, model: Any, part: dict[str, Any]) -> Tensor:
         """Summed over the counted tokens, by TRL's fused LM head, which never holds all logits."""
@@ -277,6 +293,18 @@ class BlockTrainer(Trainer):
         alive = alive_from_mask(mask, width)
         output = model(input_ids=ids, attention_mask=mask, bridge_alive=alive, labels=labels, fused_lm_head=True)
         return -output.log_probs.sum()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Of all ranks. Raises UserError, before the step is taken, for one that is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not torch.tensor(float(norm)).isfinite():  # fp16's scaler finds its scale by such
+            step = self.state.global_step + 1
+            raise UserError(
+                f"warmup: the loss or gradient of step {step} is not finite, so it was not taken: "
+                "lower warmup.learning_rate, in another output_dir; warmup.path can name the completions of this one "
+                "(groups.jsonl)."
+            )
+        return norm
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.update.share_prompt:
@@ -302,9 +330,10 @@ class BlockTrainer(Trainer):
         output, step = Path(self.args.output_dir), self.state.global_step
         if run_checkpoints.path_of(output, step).is_dir():  # saved already, and then asked to stop
             return
-        blocks = bridge_parameters(self.accelerator.unwrap_model(self.model))
-        size = 3 * sum(p.numel() * p.element_size() for _, p in blocks)  # with Adam's two moments
-        with run_checkpoints.writing(output, step, size, keep=1) as self._staging:
+        with (
+            self.stop.timing_save() if self.stop else nullcontext(),
+            run_checkpoints.writing(output, step, self.checkpoint_bytes, keep=1) as self._staging,
+        ):
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -330,6 +359,7 @@ def train_blocks(
     trainer = BlockTrainer(
         model,
         update=update or UpdateSection(),
+        stop=stop,
         args=args,
         train_dataset=list(groups),
         data_collator=collate,

@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -294,6 +295,16 @@ def test_a_warmup_is_planned_for_the_longest_prompt_of_its_own_data(tmp_path, ca
     main(["train", str(TINY), f"warmup.data={{path: {data}, check_answers: false}}", "warmup.problems=1", "--dry-run"])
     told = "prompts of 22 tokens (the longest of the data), in the warm-up of 10 tokens (the longest of the data)"
     assert told in capsys.readouterr().out
+
+
+def test_one_process_that_sees_several_gpus_is_refused(monkeypatch):
+    """Before its warm-up, of which TRL would refuse the run."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="2 GPUs are visible to one process"):
+        check(load_recipe(TINY))
+    monkeypatch.setenv("WORLD_SIZE", "1")  # one that a launcher has given a GPU
+    check(load_recipe(TINY))
 
 
 def test_a_dry_run_lists_every_conflict(capsys):

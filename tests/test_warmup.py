@@ -1,5 +1,7 @@
 """The warm-up's data, its batches and what it trains."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,12 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.models import load_model, load_policy, load_tokenizer
-from bridge_rl.run import warmup_groups
+from bridge_rl.run import warm_up, warmup_groups
 from bridge_rl.stop import Stop
 from bridge_rl.surgery import freeze_base
 from bridge_rl.tiny import is_correct, make_problems
 from bridge_rl.warmup import (
+    BlockTrainer,
     WarmupGroup,
     WarmupStore,
     collate,
@@ -178,9 +181,68 @@ def test_the_base_samples_at_the_temperature_of_the_rollout(tmp_path):
     assert sum(len({tuple(ids) for ids in group.completion_ids}) for group in groups) <= 6  # at 1 all 16 differ
 
 
-def test_a_damaged_line_is_named(tmp_path):
+def line(**changed):
+    return json.dumps({**asdict(group([True, True])), **changed})
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "{broken",
+        line(correct=[True]),
+        line(completion_ids=[[1], []]),
+        line(completion_ids=[["a"], ["b"]]),
+        line(prompt_ids=[]),
+        line(correct=["yes", "no"]),
+        line(more=1),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, damaged):
     path = tmp_path / "groups.jsonl"
     write_groups(path, [group([True, True])])
-    path.write_text(path.read_text() + "{broken\n")
+    path.write_text(f"{path.read_text()}{damaged}\n")
     with pytest.raises(UserError, match="line 2"):
         read_groups(path)
+
+
+def test_a_step_that_is_not_finite_ends_the_warmup_before_it_is_taken(tmp_path, monkeypatch):
+    model, sound = make_bridged("llama"), BlockTrainer.cross_entropy
+
+    def spoiled(self, *args):
+        loss = sound(self, *args)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(BlockTrainer, "cross_entropy", spoiled)
+    args = sft_arguments(tmp_path, max_steps=4, logging_nan_inf_filter=False)
+    with pytest.raises(UserError, match="step 3 is not finite, so it was not taken: lower"):
+        train_blocks(model, [group([True, True]), group([True, True, True])], args, [])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_time_limit_learns_how_long_the_saves_of_a_warmup_take(tmp_path):
+    stop = Stop()
+    args = sft_arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    train_blocks(make_bridged("llama"), [group([True, True])], args, [], stop)
+    assert len(stop.saves) == 2
+    assert stop.save_bytes > 0
+
+
+def test_a_model_can_be_trained_again(tmp_path):
+    model, groups = make_bridged("llama"), [group([True, True], prompt=(3, 4, 5)), group([True, True, True])]
+    for place in ("once", "twice"):
+        history = train_blocks(model, groups, sft_arguments(tmp_path / place, max_steps=1), [])
+    assert history[0]["loss"] > 0
+
+
+def test_a_directory_for_the_completions_is_refused_before_sampling(tmp_path):
+    options = [f"output_dir={tmp_path / 'out'}", f"warmup.path={tmp_path}"]
+    with pytest.raises(UserError, match="a directory: name a file in it"):
+        warm_up(load_recipe("recipes/tiny_arith.yaml", options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_is_refused_on_one_process_too(tmp_path, monkeypatch):
+    """Its shards were saved as blocks without elements."""
+    monkeypatch.setattr("bridge_rl.run.uses_deepspeed", lambda: True)
+    with pytest.raises(UserError, match="the warm-up runs without ZeRO and FSDP"):
+        warm_up(load_recipe("recipes/tiny_arith.yaml", [f"output_dir={tmp_path}"]))

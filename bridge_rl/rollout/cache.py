@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from bridge_rl.rollout.pages import Pages, PageTable
 
@@ -33,6 +33,19 @@ class Layout:
     prompt_lengths: Tensor
     rows: PageTable
     prompts: PageTable
+
+
+class PrefillCache(DynamicCache):
+    """Keys and values of prompts until they are in pages, in the dtype of the values.
+
+    Under autocast to bf16 the keys of an fp32 model are fp32, since rotary embeddings are added in fp32, and its
+    attention casts them. transformers' cache would keep the values in the dtype of the keys.
+    """
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return super().update(keys.to(values.dtype), values, layer_idx, *args, **kwargs)
 
 
 class PagedCache(Cache):

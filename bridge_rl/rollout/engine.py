@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.errors import UserError
 from bridge_rl.group import pad_left
 from bridge_rl.rollout.budget import CacheBudget
-from bridge_rl.rollout.cache import Layout, PagedCache
+from bridge_rl.rollout.cache import Layout, PagedCache, PrefillCache
 from bridge_rl.rollout.decode import Decoder, make_layout, sampling_mode, siblings
 from bridge_rl.rollout.ending import Ending
 from bridge_rl.rollout.graphs import FilledDecoder, GraphDecoder, spare_pages
@@ -69,7 +69,7 @@ class Prefill:
     places: list[int]
     ids: Tensor  # [prompts, P], padded on the left
     mask: Tensor
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: PrefillCache = field(default_factory=PrefillCache)
     done: int = 0  # columns
 
 

@@ -20,9 +20,6 @@ class Pages:
     def __init__(self, num_pages: int, columns: int, like: Sequence[Tensor], spare: int = 0) -> None:
         """Room for `num_pages`. `like`: values [B, H, T, K] of each layer, which give dtype, device and shape.
 
-        Not keys: under autocast to bf16 those of an fp32 model are fp32, since rotary embeddings are added in fp32, and
-        its attention casts them to the dtype of the values.
-
         `spare`: pages at the end that have no owner, for rows that only fill up a step (`graphs`).
         """
         self.columns, self.num_pages, self.spare = columns, num_pages, spare
