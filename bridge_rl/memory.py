@@ -271,7 +271,7 @@ def sampling(
     copies = 2 + (sampled.temperature != 1) + (layer.V % CDF_BLOCK > 0) + 6 * (sampled.top_p < 1)
     logits = (device.compute + FP32 * copies) * sampled.rows * layer.V
     if not device.gpu and device.compute == 2:
-        logits += FP32 * layer.V * layer.D  # a CPU multiplies bf16 in float32
+        logits += FP32 * layer.V * layer.D  # some CPUs multiply bf16 in float32, from a copy
     # Scores twice, queries and what is mixed, of each page.
     own = row_pages * 2 * (page + layer.K)
     shared = prompt_pages * sampled.width * 2 * (prompt_page + layer.K)
