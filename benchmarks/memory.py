@@ -165,13 +165,10 @@ def prepare(shape: Shape, directory: str) -> Callable[[], object]:
         attach_bridge(model, recipe.bridge)
     trained_in_float32(model, recipe.train)
     if shape.warmup:
-        tokens = torch.randint(3, 60, (2 * shape.rows // shape.width, shape.prompt + 1 + shape.new_tokens)).tolist()
-        groups = [
-            WarmupGroup(
-                "", own[: shape.prompt + 1], *([item] * shape.width for item in (own[shape.prompt + 1 :], "", True))
-            )
-            for own in tokens
-        ]
+        count, width = 2 * shape.rows // shape.width, shape.width
+        prompts = torch.randint(3, 60, (count, shape.prompt + 1)).tolist()
+        completion = torch.randint(3, 60, (shape.new_tokens,)).tolist()
+        groups = [WarmupGroup("", prompt, [completion] * width, [""] * width, [True] * width) for prompt in prompts]
         return lambda: train_blocks(model, groups, warmup_arguments(recipe), [], update=recipe.update)
     return make_trainer(shape, recipe, model).train
 

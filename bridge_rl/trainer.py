@@ -52,9 +52,8 @@ from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import bridge_parameters, disable_bridge, find_state, freeze_base, has_bridge
 from bridge_rl.training_rollout import lockstep_rollout
 from bridge_rl.update import (
-    accumulating,
-    backward,
     join_metrics,
+    loss_of_parts,
     part_conflicts,
     parts_of,
     rows_of_parts,
@@ -227,18 +226,12 @@ class BridgeGRPOTrainer(GRPOTrainer):
         self._guards.batches.append(inputs)
         self._meter.add_tokens(inputs["prompt_mask"])
         self._meter.add_tokens(inputs["completion_mask"])
-        *parts, last = parts_of(inputs, self.width, self.update, self.accelerator)
-        done = torch.zeros((), device=self.args.device)
+        parts = parts_of(inputs, self.width, self.update, self.accelerator)
         logged = self._metrics["train" if self.model.training else "eval"]
         before = {name: len(values) for name, values in logged.items()}
-        for part in parts:
-            with accumulating(self.accelerator, model):
-                loss = self._loss_of_part(model, part, inputs)
-                backward(self.accelerator, loss)
-            done += loss.detach()
-        loss = self._loss_of_part(model, last, inputs) + done
-        if parts:
-            join_metrics(logged, before, [*parts, last], self.importance_sampling_level, self.accelerator)
+        loss = loss_of_parts(lambda part: self._loss_of_part(model, part, inputs), parts, model, self.accelerator)
+        if len(parts) > 1:
+            join_metrics(logged, before, parts, self.importance_sampling_level, self.accelerator)
         return loss
 
     def _loss_of_part(self, model: Any, part: dict[str, Any], whole: dict[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ division by what it is given.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -177,6 +177,20 @@ def accumulating(accelerator: Accelerator, model: Any) -> Iterator[None]:
             yield
     finally:
         state._set_sync_gradients(before)
+
+
+def loss_of_parts(
+    loss_of: Callable[[dict[str, Any]], Tensor], parts: list[dict[str, Any]], model: Any, accelerator: Accelerator
+) -> Tensor:
+    """The sum of the parts' losses; of all parts but the last the backward pass has then been run already."""
+    *before, last = parts
+    done = torch.zeros((), device=accelerator.device)
+    for part in before:
+        with accumulating(accelerator, model):
+            loss = loss_of(part)
+            backward(accelerator, loss)
+        done += loss.detach()
+    return loss_of(last) + done
 
 
 def backward(accelerator: Accelerator, loss: Tensor) -> None:

@@ -6,6 +6,7 @@ paper) a group holds the wrong completions too, and the loss is on the right one
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.decode import attention
 from bridge_rl.stop import Stop
 from bridge_rl.surgery import bridge_parameters, disable_bridge, freeze_base
-from bridge_rl.update import accumulating, backward, parts_of
+from bridge_rl.update import loss_of_parts, parts_of
 
 IGNORED = -100
 PROBLEMS_PER_CALL = 16
@@ -272,14 +273,12 @@ class BlockTrainer(Trainer):
         """The mean cross-entropy of the tokens counted on all ranks; of all parts but the last the backward pass has
         then been run already."""
         of_ranks = self.accelerator.reduce(inputs["counted"].sum().float(), reduction="mean")  # as gradients are
-        *parts, last = parts_of(inputs, inputs["width"], self.update, self.accelerator)
-        done = torch.zeros((), device=self.args.device)
-        for part in parts:
-            with accumulating(self.accelerator, model):
-                loss = poison(self.cross_entropy(model, part) / of_ranks)
-                backward(self.accelerator, loss)
-            done += loss.detach()
-        return poison(self.cross_entropy(model, last) / of_ranks) + done
+        parts = parts_of(inputs, inputs["width"], self.update, self.accelerator)
+
+        def loss_of(part: dict[str, Any]) -> Tensor:
+            return poison(self.cross_entropy(model, part) / of_ranks)
+
+        return loss_of_parts(loss_of, parts, model, self.accelerator)
 
     def cross_entropy(self, model: Any, part: dict[str, Any]) -> Tensor:
         """Summed over the counted tokens, by TRL's fused LM head, which never holds all logits."""
@@ -297,7 +296,7 @@ class BlockTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Of all ranks. Raises UserError, before the step is taken, for one that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and not torch.tensor(float(norm)).isfinite():  # fp16's scaler finds its scale by such
+        if not self.args.fp16 and not math.isfinite(norm):  # fp16's scaler finds its scale by such
             step = self.state.global_step + 1
             raise UserError(
                 f"warmup: the loss or gradient of step {step} is not finite, so it was not taken: "
