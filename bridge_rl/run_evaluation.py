@@ -21,6 +21,7 @@ from bridge_rl.report import names
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
+from bridge_rl.reward_errors import together
 from bridge_rl.run_directory import evaluation_directory
 from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer
@@ -59,16 +60,17 @@ def make_evaluator(
             listening = listens(model)
         stop.give_up_if_asked()
         metrics: dict[str, float] = {}
-        if state.is_main_process:
-            groups = evaluation.collected()
-            meta = {"step": step, **made, **provenance()}
-            results = analyse(groups, section.widths, listening, meta)
-            print(as_table(results.summaries), flush=True)
-            write_for_readers(directory, rows, groups, tokenizer)
-            write_results(results, directory / "results.json")
-            for summary in results.summaries:
-                values = {metric: summary.metrics[metric].value for metric in names.EVALUATION}
-                metrics |= {names.evaluation(metric, summary.width): value for metric, value in values.items()}
+        with together():  # the others wait for the main rank, which may find samples that are damaged
+            if state.is_main_process:
+                groups = evaluation.collected()
+                meta = {"step": step, **made, **provenance()}
+                results = analyse(groups, section.widths, listening, meta)
+                print(as_table(results.summaries), flush=True)
+                write_for_readers(directory, rows, groups, tokenizer)
+                write_results(results, directory / "results.json")
+                for summary in results.summaries:
+                    values = {metric: summary.metrics[metric].value for metric in names.EVALUATION}
+                    metrics |= {names.evaluation(metric, summary.width): value for metric, value in values.items()}
         return broadcast_object_list([metrics])[0]
 
     return evaluate

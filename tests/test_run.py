@@ -500,6 +500,25 @@ def test_a_run_that_goes_on_with_another_evaluation_keeps_no_samples_of_the_old_
     assert samples.stat().st_mtime_ns > before
 
 
+def test_a_run_that_goes_on_with_damaged_samples_names_their_line_and_stays_whole(tmp_path, capsys):
+    options = [option for option in SMALL if not option.startswith("warmup.")]
+    options += ["warmup=null", "training.save_strategy=steps", "training.save_steps=2", f"output_dir={tmp_path}"]
+    main(["train", "recipes/tiny_arith.yaml", *options])
+    store = SampleStore(tmp_path / "evaluation" / "step_000002" / "samples")
+    samples, tokens = store.path, {group.key: group.tokens for group in store.read()}
+    first, *others = samples.read_text().splitlines(keepends=True)
+    samples.write_text(first.replace('"tokens"', '"letters"') + "".join(others))
+    with pytest.raises(SystemExit) as left:
+        main(["train", "recipes/tiny_arith.yaml", *options])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{samples}, line 1, is no sampled group" in said
+    assert f"({tmp_path / 'checkpoint-2'} is whole: when the cause is mended, the same command goes on)" in said
+    samples.write_text("".join(others))  # as the sentence says
+    main(["train", "recipes/tiny_arith.yaml", *options])
+    assert {group.key: group.tokens for group in store.read()} == tokens
+
+
 def test_a_folder_that_is_not_there_is_not_asked_of_a_hub(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "--model", "runs/not_made_yet", "1"])
