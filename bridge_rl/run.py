@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from bridge_rl.checkpoint import (
     WEIGHTS_FILE,
@@ -188,8 +188,10 @@ def warm_up(recipe: Recipe) -> None:
     if state.is_main_process:
         save_recipe(recipe, directory)
     stop = Stop(recipe.save_before_seconds)
+    args = warmup_arguments(recipe)
     with stop.listening():
-        groups = warmup_groups(recipe, model, tokenizer, judge, stop)
+        with in_precision(args, state.device):
+            groups = warmup_groups(recipe, model, tokenizer, judge, stop)
         kept = usable(groups, section)
         if state.is_main_process:
             right, rows = sum(sum(group.correct) for group in groups), sum(len(group.correct) for group in groups)
@@ -198,13 +200,18 @@ def warm_up(recipe: Recipe) -> None:
                 "problems used",
                 flush=True,
             )
-        args = warmup_arguments(recipe)
         history = train_blocks(model, kept, args, [RewardProgress("warm-up")], stop, recipe.update)
     if state.is_main_process:
         write_history(history, directory)
         save_bridge(model, directory)  # the last: it says that the warm-up is done
         shutil.rmtree(args.output_dir, ignore_errors=True)
     state.wait_for_everyone()
+
+
+def in_precision(args: TrainingArguments, device: torch.device) -> torch.autocast:
+    """The autocast in which accelerate will run a model, for one that no trainer has wrapped yet."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return torch.autocast(device.type, dtype, enabled=args.bf16 or args.fp16)
 
 
 def warmup_groups(recipe: Recipe, model: Any, tokenizer: Any, judge: Judge, stop: Stop) -> list[WarmupGroup]:

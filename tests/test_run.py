@@ -30,6 +30,7 @@ from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.report import names, results
 from bridge_rl.report.results import provenance
 from bridge_rl.resume import file_of
+from bridge_rl.rollout.cache import PagedCache
 from bridge_rl.run_checkpoints import MANIFEST, _seal
 from bridge_rl.run_directory import check_same_recipe, deciding_keys, save_recipe
 from bridge_rl.surgery import find_state
@@ -314,7 +315,15 @@ def test_lora_and_bridge_only_run_from_the_recipe(tmp_path):
 def test_a_run_in_the_precision_of_a_gpu(train, tmp_path, monkeypatch):
     """fp32 weights under bf16 autocast, from warm-up to evaluation."""
     monkeypatch.setattr("bridge_rl.run_options.device_arguments", lambda recipe: {"bf16": True, "use_cpu": True})
+    dtypes, make = [], PagedCache.__init__
+
+    def record(cache, rows, prompts):
+        dtypes.append(rows.data[0].dtype)
+        make(cache, rows, prompts)
+
+    monkeypatch.setattr(PagedCache, "__init__", record)
     main(["train", "recipes/tiny_arith.yaml", *SMALL, f"train={train}", f"output_dir={tmp_path / 'out'}"])
+    assert set(dtypes) == {torch.bfloat16}
     history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     drift = [abs(entry[names.RECOMPUTE_KL]) for entry in history if "loss" in entry]
     assert len(drift) == 2
