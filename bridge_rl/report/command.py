@@ -171,6 +171,8 @@ def run_directory(evaluation: Evaluation, run: Path | None) -> Path | None:
         if not (run / "history.jsonl").is_file():
             raise UserError(f"--run: there is no {run / 'history.jsonl'}: name the output_dir of a finished run.")
         return run
+    if evaluation.results.meta.get("trained_width") is None:  # no run made it: a base, kept beside a run's evaluations
+        return None
     candidates = [Path(evaluation.model), evaluation.directory.absolute().parent.parent]
     return next((candidate for candidate in candidates if (candidate / "history.jsonl").is_file()), None)
 

@@ -71,6 +71,15 @@ def test_curves_of_the_model_itself_are_found(tmp_path, run):
     assert directory / "training.png" in command.write_report(directory)
 
 
+def test_a_base_that_is_evaluated_beside_a_run_does_not_get_its_curves(tmp_path, run):
+    shutil.copytree(run, tmp_path / "run")
+    directory = make_evaluation(tmp_path / "run" / "eval" / "math", problems=3, widths=(1, 2))
+    assert directory / "training.png" in command.write_report(directory)
+    base = copy(directory, tmp_path / "run" / "eval" / "base", trained_width=None)
+    assert base / "training.png" not in command.write_report(base)
+    assert not (base / "training.png").exists()
+
+
 def test_page_of_four_widths_and_controls_takes_a_few_seconds(tmp_path, run):
     """About 2 s on one core, with matplotlib loaded; evaluations promise to end within a time of which this is part."""
     directory = make_evaluation(tmp_path / "eval", problems=60, steps=200)
