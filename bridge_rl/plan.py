@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -41,17 +42,26 @@ class Batches:
     updates_per_generation: float
 
 
+class LongestPrompt(NamedTuple):
+    """Its tokens; and whether it was read from the data, else it is assumed."""
+
+    tokens: int
+    read: bool
+
+    def __str__(self) -> str:
+        return f"of {self.tokens} tokens ({'the longest of the data' if self.read else 'assumed'})"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """prompt, warmup_prompt: tokens of the longest prompt of either, and whether it was read from the data, else it is
-    assumed. warmup: its memory, by the phases of a run."""
+    """prompt, warmup_prompt: the longest of either. warmup: its memory, by the phases of a run."""
 
     batches: Batches
     parameters: Parameters
     memory: Memory
     warmup: Memory | None
-    prompt: tuple[int, bool]
-    warmup_prompt: tuple[int, bool]
+    prompt: LongestPrompt
+    warmup_prompt: LongestPrompt
     conflicts: list[str]
 
 
@@ -71,13 +81,13 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
     prompt = warmup_prompt = longest_prompt(recipe, recipe.data.train, "data.train", reads)
     # At least one, where a conflict says that a batch splits it.
     groups = (max(1, batches.groups_per_micro_batch), max(1, batches.groups_per_rank))
-    memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt[0], gpu)
+    memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt.tokens, gpu)
     warmup = None
     if section is not None:
         if section.data is not None:
             warmup_prompt = longest_prompt(recipe, section.data, "warmup.data", reads)
         groups = (section.groups_per_step, min(PROBLEMS_PER_CALL, -(-section.problems // batches.num_processes)))
-        warmup = estimate_warmup(recipe, config, parameters, groups, batches.num_processes, warmup_prompt[0], gpu)
+        warmup = estimate_warmup(recipe, config, parameters, groups, batches.num_processes, warmup_prompt.tokens, gpu)
     return Plan(batches, parameters, memory, warmup, prompt, warmup_prompt, found)
 
 
@@ -97,16 +107,16 @@ def planned_for_gpu(recipe: Recipe) -> bool:
     return recipe.launch.gpu_memory_gb is not None or torch.cuda.is_available()
 
 
-def longest_prompt(recipe: Recipe, source: DataSource, key: str, reads: bool) -> tuple[int, bool]:
-    """Tokens of the longest prompt, and whether it was read: data and tokenizer must be files here, or functions."""
+def longest_prompt(recipe: Recipe, source: DataSource, key: str, reads: bool) -> LongestPrompt:
+    """Read only if `reads`, and data and tokenizer are files here, or functions."""
     at_hand = is_function(source.path) or source.path.endswith(FILE_FORMATS)
     if not reads or not at_hand or not (Path(resolve_path(recipe.model.path)) / "tokenizer_config.json").is_file():
-        return ASSUMED_PROMPT_TOKENS, False
+        return LongestPrompt(ASSUMED_PROMPT_TOKENS, read=False)
     tokenizer = load_tokenizer(recipe.model)
     problems = load_problems(replace(source, check_answers=False), key, recipe.seed)
     longest = sorted(problems, key=lambda row: len(row["problem"]), reverse=True)[:LONGEST_READ]
     prompts = make_prompts(longest, recipe.data, tokenizer)
-    return max(map(len, prompt_tokens(tokenizer, list(prompts["prompt"])))), True
+    return LongestPrompt(max(map(len, prompt_tokens(tokenizer, list(prompts["prompt"])))), read=True)
 
 
 def check(recipe: Recipe) -> Plan:
@@ -240,9 +250,9 @@ def describe_memory(recipe: Recipe, plan: Plan) -> list[str]:
     device = (
         "GPU in bf16" if planned_for_gpu(recipe) else "CPU in float32, as no GPU is here or in launch.gpu_memory_gb"
     )
-    prompts = of_tokens(plan.prompt)
+    prompts = str(plan.prompt)
     if plan.warmup is not None and plan.warmup_prompt != plan.prompt:
-        prompts += f", in the warm-up {of_tokens(plan.warmup_prompt)}"
+        prompts += f", in the warm-up {plan.warmup_prompt}"
     lines = [
         f"memory           about {peak / GIB:.2f} GiB"
         + (f" of {budget:g}" if budget else "")
@@ -261,10 +271,6 @@ def describe_memory(recipe: Recipe, plan: Plan) -> list[str]:
             "warmup.samples, warmup.max_new_tokens or rollout.max_rows."
         )
     return lines
-
-
-def of_tokens(prompt: tuple[int, bool]) -> str:
-    return f"of {prompt[0]} tokens ({'the longest of the data' if prompt[1] else 'assumed'})"
 
 
 def print_resolved(recipe: Recipe, plan: Plan) -> None:
