@@ -13,6 +13,7 @@ from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.rollout.engine import Rollout
+from bridge_rl.rollout.pages import Pages
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [30, 31]]
 PARAMS = br.SamplingParams(max_new_tokens=40, seed=3, eos_token_id=[2, 4, 5])
@@ -109,6 +110,39 @@ def test_wherever_memory_runs_out_no_group_is_lost(model, expected, failing, cal
     rollout = Rollout(model, PROMPTS, 4, PARAMS, options=br.RolloutOptions(max_rows=8))
     assert texts(rollout.run()) == texts(expected)
     assert rollout.stats.shrunk == (next(number) > call)
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
+def test_memory_that_runs_out_while_a_group_is_taken_back_loses_no_group(model, call, monkeypatch):
+    params = br.SamplingParams(40, seed=3, eos_token_id=[2])
+    rollout = Rollout(model, PROMPTS, 4, params, options=br.RolloutOptions(max_cache_tokens=300))
+    number, release, preempt = count(), Pages.release, Rollout.preempt_youngest
+
+    def fail_once(*args):
+        if next(number) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        release(*args)
+
+    def preempt_with_little_memory(rollout):
+        with monkeypatch.context() as patch:
+            patch.setattr(Pages, "release", fail_once)
+            preempt(rollout)
+
+    monkeypatch.setattr(Rollout, "preempt_youngest", preempt_with_little_memory)
+    groups = rollout.run()
+    assert rollout.stats.shrunk == (next(number) > call)
+    monkeypatch.undo()
+    assert texts(groups) == texts(br.generate_groups(model, PROMPTS, 4, params))
+
+
+def test_a_cache_that_can_still_shrink_is_halved_before_one_group_is_refused(model, expected):
+    hook = run_out_of_memory(model, {5})
+    try:
+        rollout = Rollout(model, PROMPTS, 4, PARAMS, options=br.RolloutOptions(max_rows=4, prefill_tokens=1))
+        assert texts(rollout.run()) == texts(expected)
+    finally:
+        hook.remove()
+    assert rollout.stats.shrunk == 1
 
 
 def test_out_of_memory_without_end_is_said_in_one_sentence(model):

@@ -90,16 +90,21 @@ class Decoder:
     def step(self, rows: Sequence[Row], inputs: Inputs, layout: Layout, cache: PagedCache) -> tuple[Tensor, ...]:
         """One step, which leaves `inputs` as the next one reads them."""
         cache.begin_step(layout, inputs.drawn - 1, inputs.pages)
-        logits = self.forward(layout, cache, inputs.tokens, inputs.visible)
+        # A row that runs on behind its limit must not have positions by which all rows' frequencies are chosen.
+        columns = torch.minimum(cache.columns, inputs.limits - 1)
+        logits = self.forward(layout, cache, inputs.tokens, columns, inputs.visible)
         tokens, logprobs = draw_tokens(logits, inputs.uniforms, self.params)
         stopped, drew = self.ending.stopped(tokens, rows), inputs.drawing
         inputs.tokens, inputs.drawn, inputs.visible = tokens, inputs.drawn + 1, drew
         inputs.drawing = drew & ~stopped & (inputs.drawn < inputs.limits)
         return tokens, logprobs, stopped, drew
 
-    def forward(self, layout: Layout, cache: PagedCache, tokens: Tensor, visible: Tensor) -> Tensor:
-        """One step: each row's last token, int64 [R] -> logits [R, V]. `visible` [R]: rows whose token siblings see."""
-        positions = layout.prompt_lengths[layout.group_of_row] + cache.columns
+    def forward(self, layout: Layout, cache: PagedCache, tokens: Tensor, columns: Tensor, visible: Tensor) -> Tensor:
+        """One step: each row's last token, int64 [R], which stands `columns` [R] behind its prompt -> logits [R, V].
+
+        `visible` [R]: rows whose token siblings see.
+        """
+        positions = layout.prompt_lengths[layout.group_of_row] + columns
         output = self.model(
             input_ids=tokens[:, None],
             position_ids=positions[:, None],

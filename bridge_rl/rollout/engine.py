@@ -23,7 +23,7 @@ from bridge_rl.rollout.budget import CacheBudget
 from bridge_rl.rollout.cache import Layout, PagedCache, PrefillCache
 from bridge_rl.rollout.decode import Decoder, make_layout, sampling_mode, siblings
 from bridge_rl.rollout.ending import Ending
-from bridge_rl.rollout.graphs import FilledDecoder, GraphDecoder, spare_pages
+from bridge_rl.rollout.graphs import FilledDecoder, GraphDecoder, spare_pages, why_not_recorded
 from bridge_rl.rollout.packing import packed_weights
 from bridge_rl.rollout.ranks import Ranks
 from bridge_rl.rollout.request import Group, RolloutOptions, RolloutStats, Row, make_blocks, make_rows
@@ -49,7 +49,8 @@ def generate_groups(
 ) -> list[Group]:
     """One group of `width` interdependent completions for each prompt, in the order of the prompts.
 
-    A group's tokens depend on its prompt, `params.seed`, its index and the width, not on what else is in the batch.
+    A group's tokens depend on its prompt, `params.seed`, its index and the width, not on what else is in the batch (but
+    for rounding in bf16, see `RolloutOptions`).
     `width`: of every group, or one a prompt. `indices`: the index of each group, by default its place in `prompt_ids`.
     `limits`: of each group's rows, where they are below `max_new_tokens`. `expected_lengths`: of each group's longest
     row; with them the longest are begun first, which leaves fewer rows alone at the end. `tokenizer`: for
@@ -131,6 +132,9 @@ class Rollout:
             raise UserError(
                 "cuda_graphs needs a whole model on a CUDA device and no stop strings: leave it off for this rollout."
             )
+        why_not = why_not_recorded(self.model, torch.cuda.get_device_capability(self.model.device))
+        if why_not is not None:
+            raise UserError(f"cuda_graphs cannot record a step of this model, since {why_not}: leave it off.")
         return GraphDecoder(self.model, params, self.ending)
 
     def run(self) -> list[Group]:
@@ -328,14 +332,14 @@ class Rollout:
     def restart(self, blocks: list[tuple[int, ...]]) -> None:
         places = {place for block in blocks for place in block}
         self.running = [row for row in self.running if row.group not in places]
-        for place in places:
-            for row in self.groups[place]:
-                row.restart()
-            if self.cache is not None:
-                self.cache.rows.release([row.number for row in self.groups[place]])
-                self.cache.prompts.release([place])
         self.waiting = [*blocks, *self.waiting]
         self.layout = None
+        rows = [row for place in places for row in self.groups[place]]
+        for row in rows:
+            row.restart()
+        if self.cache is not None:  # the last, since moving pages may run out of memory
+            self.cache.rows.release([row.number for row in rows])
+            self.cache.prompts.release(sorted(places))
 
     def advance_or_shrink(self) -> None:
         """`advance`; when memory runs out, go on with half the rows and half the cache, and say so."""
@@ -356,7 +360,7 @@ class Rollout:
         self.decoder.forget()
         self.restart(list(dict.fromkeys(self.block_of[place] for place in places)))
         clear_device_cache(garbage_collection=True)
-        if self.max_rows == self.widest and self.prefill_tokens == 1:
+        if self.max_rows == self.widest and self.prefill_tokens == 1 and self.budget == self.budget.halved():
             raise UserError(
                 f"Out of memory with one group of {self.widest} rows at once: lower the width, max_new_tokens or the "
                 "prompt."

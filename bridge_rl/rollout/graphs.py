@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bridge_rl.rollout.cache import Layout, PagedCache
 from bridge_rl.rollout.decode import Decoder, Inputs
 from bridge_rl.rollout.pages import PageTable
-from bridge_rl.rollout.request import Row
+from bridge_rl.rollout.request import Row, rope_types
 
 NEVER = 2**40  # a column that no row reaches
 
@@ -119,6 +120,20 @@ class FilledDecoder(Decoder):
         return super().steps(rows, inputs, uniforms, pages, layout, cache)
 
 
+def why_not_recorded(model: PreTrainedModel, capability: tuple[int, int]) -> str | None:
+    """What in a step of `model` waits for the host, on a device of this compute capability, if anything does."""
+    config = model.config.get_text_config()
+    if "dynamic" in rope_types(config):
+        return "its `dynamic` rotary embeddings ask how long the rows are"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "its int8 weights ask for outliers"
+    grouped = hasattr(config, "num_experts") and config._experts_implementation == "grouped_mm"
+    # Elsewhere torch computes its experts one by one, at places that it fetches from the device.
+    if grouped and not (model.dtype == torch.bfloat16 and capability[0] in (9, 10)):
+        return f"its experts are computed one by one in {model.dtype} on compute capability {capability}"
+    return None
+
+
 class GraphDecoder(FilledDecoder):
     """Records a step of each size once, and replays it. The model's weights and the cache must stay where they are."""
 
@@ -126,6 +141,7 @@ class GraphDecoder(FilledDecoder):
         super().__init__(*args)
         self.graphs: dict[tuple[int, ...], Graph] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(self.model.device)  # of the model's device, which need not be the current one
 
     def forget(self) -> None:
         self.graphs.clear()
@@ -151,18 +167,16 @@ class Graph:
     ) -> None:
         self.inputs = Inputs(**{name: x.clone() for name, x in vars(inputs).items()})
         self.layout = layout
-        # Libraries set themselves up in a first call, which cannot be recorded; it writes what the step will write.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            decoder.step(rows, Inputs(**vars(self.inputs)), layout, cache)
-        torch.cuda.current_stream().wait_stream(side)
         self.record = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.record, pool=decoder.pool):
-            after = Inputs(**vars(self.inputs))
-            made = decoder.step(rows, after, layout, cache)
-            self.made = tuple(x.clone() for x in made)  # `drew` is one of the inputs, which are overwritten now
-            copy_tensors(after, self.inputs)
+        with torch.cuda.device(decoder.stream.device):
+            current = torch.cuda.current_stream()
+            # Libraries set themselves up in a first call, which cannot be recorded; it writes what the step will write.
+            decoder.stream.wait_stream(current)
+            with torch.cuda.stream(decoder.stream):
+                decoder.step(rows, Inputs(**vars(self.inputs)), layout, cache)
+            current.wait_stream(decoder.stream)
+            with torch.cuda.graph(self.record, pool=decoder.pool, stream=decoder.stream):
+                self.made = step_in_place(decoder, rows, self.inputs, layout, cache)
 
     def run(self, uniforms: Tensor, pages: Tensor) -> tuple[Tensor, ...]:
         """One step: its tokens, log-probs, whether they end their rows, and which rows drew."""
@@ -170,6 +184,18 @@ class Graph:
         self.inputs.pages.copy_(pages)
         self.record.replay()
         return tuple(x.clone() for x in self.made)
+
+
+def step_in_place(
+    decoder: Decoder, rows: Sequence[Row], inputs: Inputs, layout: Layout, cache: PagedCache
+) -> tuple[Tensor, ...]:
+    """`Decoder.step` that writes what the next step reads into the very tensors of `inputs`."""
+    after = Inputs(**vars(inputs))
+    made = decoder.step(rows, after, layout, cache)
+    # `drew` and `after.visible` are `inputs.drawing`, which is overwritten now.
+    made, after.visible = tuple(x.clone() for x in made), after.visible.clone()
+    copy_tensors(after, inputs)
+    return made
 
 
 def copy_tensors(source: Any, target: Any) -> None:

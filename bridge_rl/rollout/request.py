@@ -32,6 +32,9 @@ class Group:
 class RolloutOptions:
     """How a rollout is run: none of it changes a token, except that it may be cut short.
 
+    That holds in fp32. In bf16 a product rounds by how many rows it has, so that tokens may differ wherever other rows
+    are run together; their log-probs are as near to the full forward pass either way.
+
     max_rows: rows at once (at least one group), by default all.
     max_cache_tokens: tokens whose keys and values are held at once, prompts counted once a group; by default as many
     as free memory holds. When they are used up, the youngest group starts again later.
@@ -198,12 +201,19 @@ def steady_positions(config: PretrainedConfig) -> int | None:
     pass, above the length that the model was first trained at.
     """
     config = config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    # Some families have one for each kind of layer, or none for a kind.
-    ropes = [rope for rope in (parameters, *parameters.values()) if isinstance(rope, dict)]
-    changing = [rope for rope in ropes if rope.get("rope_type") in ("dynamic", "longrope")]
+    changing = [rope for rope in ropes(config) if rope.get("rope_type") in ("dynamic", "longrope")]
     known = [rope.get("original_max_position_embeddings") or config.max_position_embeddings for rope in changing]
     return min(known, default=None)
+
+
+def rope_types(config: PretrainedConfig) -> set[str]:
+    return {rope["rope_type"] for rope in ropes(config) if "rope_type" in rope}
+
+
+def ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Parameters of rotary embeddings: some families have some for each kind of layer, or none for a kind."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [rope for rope in (parameters, *parameters.values()) if isinstance(rope, dict)]
 
 
 def make_blocks(groups: list[list[Row]], exchange: Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from conftest import ALL_FAMILIES, make_base, make_bridged
 import bridge_rl as br
 from bridge_rl.errors import UserError
 from bridge_rl.rollout.engine import Rollout
-from bridge_rl.rollout.graphs import FilledDecoder
+from bridge_rl.rollout.graphs import FilledDecoder, step_in_place, why_not_recorded
 from bridge_rl.rollout.reference import generate_groups_slowly
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [30, 31]]
@@ -87,11 +87,24 @@ def test_steps_without_a_look_of_the_scheduler_change_nothing(family, steps_per_
     assert worst_difference(model, PROMPTS * 3, fast) <= 1e-5
 
 
+class InPlaceDecoder(FilledDecoder):
+    """Does to memory what replaying a CUDA graph does."""
+
+    def filled_steps(self, rows, inputs, uniforms, pages, layout, cache):
+        made = []
+        for of_step in zip(uniforms, pages, strict=True):
+            inputs.uniforms.copy_(of_step[0])
+            inputs.pages.copy_(of_step[1])
+            made.append(step_in_place(self, rows, inputs, layout, cache))
+        return made
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("steps_per_visit", [1, 6])
-def test_rows_and_pages_that_fill_up_a_step_change_nothing(family, steps_per_visit, monkeypatch):
+@pytest.mark.parametrize("decoder", [FilledDecoder, InPlaceDecoder])
+def test_rows_and_pages_that_fill_up_a_step_change_nothing(family, steps_per_visit, decoder, monkeypatch):
     """As in steps recorded for CUDA graphs, whose sizes are few."""
-    monkeypatch.setattr("bridge_rl.rollout.engine.Decoder", FilledDecoder)
+    monkeypatch.setattr("bridge_rl.rollout.engine.Decoder", decoder)
     model = make_bridged(family)
     prompts = PROMPTS * 6
     options = br.RolloutOptions(max_rows=70, steps_per_visit=steps_per_visit)
@@ -368,6 +381,38 @@ def test_a_row_may_not_be_so_long_that_it_changes_the_positions_of_others(family
     assert worst_difference(model, [[5, 6], [7] * 12], groups) <= 1e-5
     with pytest.raises(UserError, match=r"Prompt 1 and its completion may take 33 tokens\. Beyond 32 "):
         br.generate_groups(model, [[5, 6], [7] * 13], 3, br.SamplingParams(20, eos_token_id=[]))
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "overrides"),
+    [
+        ("phi3", {"rope_type": "longrope", **LONG_ROPE}, {"original_max_position_embeddings": 32}),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}, {"max_position_embeddings": 32}),
+    ],
+)
+def test_a_row_that_runs_on_behind_its_limit_changes_no_positions_of_others(family, rope, overrides):
+    model = make_bridged(family, rope_parameters={"rope_theta": 10000.0, **rope}, **overrides)
+    prompts, limits = [[7] * 20, [5, 6, 8]], [[12, 9], [28, 28]]
+    options = br.RolloutOptions(steps_per_visit=8)
+    groups = br.generate_groups(model, prompts, 2, br.SamplingParams(28, eos_token_id=[]), None, limits, options)
+    assert worst_difference(model, prompts, groups) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "capability", "why"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, (9, 0), "dynamic"),
+        ("qwen3_moe", {}, (9, 0), r"experts are computed one by one in torch\.float32"),
+        ("qwen3_moe", {"dtype": torch.bfloat16}, (8, 0), r"on compute capability \(8, 0\)"),
+        ("qwen3_moe", {"dtype": torch.bfloat16}, (9, 0), None),
+        *((family, {}, (8, 0), None) for family in ALL_FAMILIES if family != "qwen3_moe"),
+    ],
+)
+def test_steps_that_wait_for_the_host_are_not_recorded(family, changed, capability, why):
+    options = {name: value for name, value in changed.items() if name != "dtype"}
+    model = make_bridged(family, **options).to(changed.get("dtype", torch.float32))
+    found = why_not_recorded(model, capability)
+    assert found is None if why is None else re.search(why, found)
 
 
 def test_prompts_in_chunks_do_without_the_load_balance_of_experts():
