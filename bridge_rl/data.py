@@ -268,7 +268,8 @@ def _answer(value: Any, source: DataSource, key: str, number: int) -> str:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if source.check_answers and isinstance(value, list | dict):  # as text math-verify reads `['5', '6']` as an interval
+    # As text math-verify reads `['5', '6']` as an interval, and `b'5'` as nothing.
+    if isinstance(value, bytes) or (source.check_answers and isinstance(value, list | dict)):
         raise UserError(
             f"{key}: row {number} of {source.path} has {str(value)[:80]} for its '{source.answer_column}', of type "
             f"{type(value).__name__}: make it text, or set check_answers=false if your reward does not use math-verify."

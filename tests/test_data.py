@@ -148,6 +148,13 @@ def test_an_answer_that_is_no_text_is_refused_where_math_verify_would_read_it(va
     assert load(path)[0]["answer"] == str(value)
 
 
+def test_an_answer_of_bytes_is_refused(tmp_path):
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["a"], "answer": [b"5"]}), path)
+    with pytest.raises(UserError, match=r"row 0 of .* has b'5' for its 'answer', of type bytes: make it text"):
+        load(str(path))
+
+
 def test_an_answer_alone_in_a_list_is_that_answer(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [{"problem": "a", "answer": ["5"]}])
     assert load(path, check_answers=True)[0]["answer"] == "5"

@@ -195,6 +195,8 @@ def test_the_verdict_of_every_row_is_given_to_log_extra():
         ([r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\boxed{(3,\dfrac{\pi}2)}"], r"(3,\frac{\pi}{2})"),
         ([r"\boxed{5\text{ million}}"], r"5million"),
         ([r"\boxed{\sqrt2}", r"\boxed{\sqrt{2}}"], r"\sqrt{2}"),
+        ([r"\boxed{2\frac{1}{2}}", r"\boxed{2\dfrac12}", r"\boxed{2 1/2}", "2.5"], "5/2"),
+        ([r"\boxed{Yes}", r"\boxed{\text{yes}}", r"\boxed{YES.}"], "yes"),
     ],
 )
 def test_equal_answers_give_equal_votes(completions, vote):

@@ -37,9 +37,14 @@ _SIGNS = str.maketrans(
         "\N{ALMOST EQUAL TO}": r"\approx ",
         "\N{EURO SIGN}": r"\$",
         "\N{POUND SIGN}": r"\$",
+        # that nobody sees
+        "\N{ZERO WIDTH SPACE}": "",
+        "\N{WORD JOINER}": "",
+        "\N{ZERO WIDTH NO-BREAK SPACE}": "",
     }
 )
-_POWER = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")  # digits above the line
+_POWER = re.compile("\u207b?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")  # digits above the line, with their minus
+_TIMES_TIMES = re.compile(r"(?<=[\w)\]}])\*\*(?=[\w({\\-])")  # a power, as programs write it
 _INDEX = re.compile("[\u2080-\u2089]+")  # and below it
 _RELATION = re.compile(r"\A(?:=|\\approx(?![A-Za-z]))\s*(?=\S)")  # in front of an answer, to what came before it
 _ONE_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")  # fractions such as one half
@@ -71,7 +76,8 @@ CHANGES = re.compile(
     r"|((?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)th)s?"
     r"|((?:plus|minus|times|divided|over|less|more|below|base|or|but\s+not)\s+(?:by\s+|than\s+)?"
     r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty))"
-    r"|(or\s+(?:more|less|fewer|above|below))(?!\s*\w)|(?<=\d )(squared|cubed|factorial))\b"
+    r"|(or\s+(?:more|less|fewer|above|below))(?!\s*\w)|(?<=\d )(squared|cubed|factorial)"
+    r"|(and\s+a\s+(?:half|third|quarter)))\b"
 )
 NO_UNIT = re.compile(rf"{CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
 _OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
@@ -82,7 +88,11 @@ _BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm)\s*\{([^{}]*)\}")
 _NUMBER_IN_TEXT = re.compile(
     _OPENS_TEXT + r"\s*([-+]?(?:\d[\d.,/:]*|\.\d+))(\s(?!\s*[xyzn]\s*\})[^{}\d]*)?\}(\^\{?\d\}?)?"
 )
-_CONSTANT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{\s*([ei])\s*\}")
+_CONSTANT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{\s*([ei]|pi)\s*\}")
+_NEXT_EQUATION = re.compile(  # what may stand between two: `x=5 \quad x=7`
+    r"(?:\s|,|;|~|\\[,;: ]|\\q?quad(?![A-Za-z])|\\\\|\\&|\\text\s*\{\s*(?:or|and)\b[^{}=]*\})+"
+    r"(?=\\?[A-Za-z]\w*(?:_\{\w+\})?\s*=)"
+)
 
 
 def clean(text: str) -> str:
@@ -91,7 +101,8 @@ def clean(text: str) -> str:
     while (whole := DELIMITED.fullmatch(text)) is not None:
         text = inside(whole)
     text = _RELATION.sub("", text)
-    text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0])}}}", text)
+    text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0]).translate(_SIGNS)}}}", text)
+    text = _TIMES_TIMES.sub("^", text)
     text = _INDEX.sub(lambda match: f"_{{{normalize('NFKC', match[0])}}}", text)
     text = _ONE_SIGN.sub(_fraction_of_one_sign, text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{next(part for part in match.groups() if part is not None)}}}", text)
@@ -106,12 +117,15 @@ def clean(text: str) -> str:
         text = text[:-1].rstrip()
     text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
     text = re.sub(r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty ", text)
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text).strip()
     if "=" in text:  # behind an equation math-verify reads these as its end, and takes what follows for the answer
         text = re.sub(r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }", text)
         text = re.sub(r"\\(?:land|wedge)(?![A-Za-z])", ",", text)
+        if text.count("=") > 1 and r"\begin" not in text:
+            text = _NEXT_EQUATION.sub(", ", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
-    text = _MIXED.sub(_improper_fraction, text)
+    text = _MIXED.sub(improper_fraction, text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = _UNIT.sub("", text)
     if (measured := _MEASURED.search(text)) and not words_of(text[: measured.start()]):  # not `7 hours 30 minutes`
@@ -143,7 +157,7 @@ def _repeating_fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def _improper_fraction(match: re.Match[str]) -> str:
+def improper_fraction(match: re.Match[str]) -> str:
     """Of `2 1/2`, which math-verify reads as 3/2; `2 3/2` is left as it is."""
     whole, above, below = map(int, match.groups())
     return rf"\frac{{{whole * below + above}}}{{{below}}}" if above < below else match[0]

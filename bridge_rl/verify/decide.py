@@ -18,11 +18,13 @@ _IN_BASE = re.compile(r"(\d[0-9A-Za-z]*)_(?:\{([1-9]\d?)\}|([1-9]\d?))")
 _HALF_OF_DAY = re.compile(r"\b([ap])\.?\s?m\b")
 _FIRST_NUMBER = re.compile(r"\d(?:[\d.,/]*\d)?")
 _NOT_THE_VALUE = re.compile(  # in front of it
-    r"(?:\b(?:not|never)|n't|\b(?:less|more|greater|fewer|larger|smaller|other) than)"
-    r"(?:\s+(?:be|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
+    r"(?:\b(?:not|never)|n't|\b(?:less|more|greater|fewer|larger|smaller|other) than|\bat (?:least|most))"
+    r"(?:\s+(?:be|or|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
 )
+_PERCENTAGE = re.compile(r"(.+?)\s*\\?%")
+_GOES_ON = re.compile(r",\s*(?:\\[lc]?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS})")  # of a list or set
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-])*")
-_MIN_WORD = 4  # letters: `xyz` is a product, `none` a word
+_MIN_WORD, _SHORT_WORDS = 4, ("yes", "no")  # letters: `xyz` is a product, `none` a word
 
 
 def decide(prediction: Answer, gold: Answer) -> bool | None:
@@ -31,6 +33,10 @@ def decide(prediction: Answer, gold: Answer) -> bool | None:
         return False if prediction.text.startswith(INTRODUCTION) and _says_another(prediction.text, gold.text) else None
     if (expected := numbers(gold.text)) and (given := numbers(prediction.text)):
         return len(given) == len(expected) and all(map(numbers_agree, given, expected))
+    if (same := _percentages_agree(prediction.text, gold.text)) is not None:
+        return same
+    if bool(_GOES_ON.search(prediction.text)) != bool(_GOES_ON.search(gold.text)):
+        return False
     if (gold_base := _in_base(gold.text)) is not None and (given_base := _in_base(prediction.text)) is not None:
         return gold_base == given_base
     if changes(prediction.text) != changes(gold.text):  # which math-verify drops with all text
@@ -57,8 +63,8 @@ def _says_another(sentence: str, gold: str) -> bool:
 
 
 def readable(gold: Answer) -> bool:
-    """Whether `gold` is a number or a word, which needs no parser."""
-    return number(gold.text) is not None or word(gold.text) is not None
+    """Whether `gold` is a number, a percentage or a word, which needs no parser."""
+    return any(read(gold.text) is not None for read in (number, percentage, word))
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,24 @@ def number(text: str) -> Number | None:
     if match := _POWER_OF_TEN.fullmatch(text):
         return Number(Fraction(match[1]) * Fraction(10) ** int(match[2] or match[3]), False)
     return None
+
+
+def percentage(text: str) -> Number | None:
+    r"""Of `12.5\%` the 12.5."""
+    match = _PERCENTAGE.fullmatch(text)
+    return number(match[1]) if match else None
+
+
+def _percentages_agree(a: str, b: str) -> bool | None:
+    r"""`12.5\%` is both 12.5 and 0.125. None unless both are numbers, and one at least a percentage."""
+    percentages = [value for text in (a, b) if (value := percentage(text)) is not None]
+    plain = [value for text in (a, b) if (value := number(text)) is not None]
+    if not percentages or len(percentages) + len(plain) < 2:
+        return None
+    if not plain:
+        return numbers_agree(*percentages)
+    [whole], [other] = percentages, plain
+    return numbers_agree(whole, other) or numbers_agree(Number(whole.value / 100, whole.exact), other)
 
 
 def numbers(text: str) -> list[Number]:
@@ -107,6 +131,7 @@ def _in_base(text: str) -> int | None:
 def word(text: str) -> str | None:
     r"""A word or phrase (`\text{Monday}`, `no solution`) in comparable form; None if it may be a product of symbols."""
     plain = TEXT.sub(r"\1", text).replace("\\ ", " ").strip().rstrip(".")
-    if not _WORDS.fullmatch(plain) or len(plain) < _MIN_WORD or "\\" in plain:
+    if not _WORDS.fullmatch(plain) or "\\" in plain:
         return None
-    return "".join(plain.casefold().split())
+    found = "".join(plain.casefold().split())
+    return found if len(plain) >= _MIN_WORD or found in _SHORT_WORDS else None

@@ -133,7 +133,7 @@ def test_boxes_are_counted(text, count):
         ("12 square units", "12"),
         ("5 million", "5 million"),
         ("5 percent", "5 percent"),
-        ("2 pi", "2 pi"),
+        ("2 pi", r"2 \pi"),
         ("\N{MINUS SIGN}3", "-3"),
         (r"\displaystyle 7", "7"),
     ],

@@ -28,6 +28,9 @@ RIGHT = [
     (r"1\frac{1}{2}", "1.5"),
     (r"\frac{7}{2}", r"3\frac{1}{2}"),
     ("5/2", "2 1/2"),
+    # short words
+    ("YES", "Yes"),
+    ("yes", r"\text{Yes.}"),
     ("-2.5", r"-2\,1/2"),
     ("2 1/2", "2.5"),
     ("2 1/2", r"2\frac{1}{2}"),
@@ -36,7 +39,28 @@ RIGHT = [
     ("120", "5!"),
     ("10", r"\binom{5}{2}"),
     ("007", "7"),
+    # powers, as programs and keyboards write them
+    ("x^2", "x**2"),
+    ("0.001", "10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT THREE}"),
+    ("x^{-1}", "x\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT ONE}"),
+    ("5", "5\N{ZERO WIDTH SPACE}"),
+    ("5", "\N{ZERO WIDTH NO-BREAK SPACE}5"),
+    (r"2\pi", "2pi"),
+    (r"2\pi", "2*pi"),
+    (r"2\pi", "2 pi"),
+    (r"\frac{\pi}{2}", "pi/2"),
+    # several solutions
+    ("1,2", r"x=1\\x=2"),
+    ("1,2", r"x=1 \quad x=2"),
+    ("5", r"x=5 \quad \text{cm}"),
     # percentages, money, units
+    (r"12.5\%", "12.5"),
+    ("12.5", r"12.5\%"),
+    (r"12.5\%", "0.125"),
+    (r"12.5\%", r"\frac{25}{2}"),
+    ("20", r"20.0\%"),
+    ("7.5", "7.5%"),
+    (r"\frac{200}{3}\%", r"\frac{2}{3}"),
     (r"50\%", "0.5"),
     (r"50\%", "50"),
     ("5", r"\$5"),
@@ -187,6 +211,24 @@ RIGHT = [
 ]
 
 WRONG = [
+    # several solutions of which one is right
+    ("7", r"x=5 \quad x=7"),
+    ("7", r"x=5\; x=7"),
+    ("7", r"x=5 \text{ or else } x=7"),
+    ("7", r"x=5 \text{ and also } x=7"),
+    ("2", r"x=1\\y=2"),
+    # percentages
+    (r"0.001\%", r"0.00104\%"),
+    (r"12.5\%", "1.25"),
+    ("0.125", "12.5"),
+    ("12.5", r"1250\%x"),
+    # what goes on without end
+    ("1,2,3", r"1,2,3,\ldots"),
+    (r"\{1,2\}", r"\{1,2,\ldots\}"),
+    ("5", "5, ..."),
+    ("5", r"5\text{pi}"),
+    ("no", "on"),
+    ("yes", "sey"),
     ("42", "43"),
     ("42", "-42"),
     ("42", "42.5"),
@@ -340,6 +382,9 @@ KNOWN_LIMITS = [
 ]
 
 IN_PROSE = [
+    ("5", "The answer is less than or equal to 5.", False),
+    ("5", "The answer is at least 5.", False),
+    ("5", "The answer is 5 and a half.", False),
     ("7", "So we get 3+4, which gives $7$.", True),
     ("7", "I count them one by one and find 7", True),
     ("7", "I count them one by one and find 8", False),
