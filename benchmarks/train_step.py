@@ -140,7 +140,6 @@ def update(trainer: GRPOTrainer, batch: dict[str, torch.Tensor]) -> float:
 def measure(arm: str, mode: str, plan: Plan) -> dict[str, float]:
     """One update, after one of a few tokens that warms up, and the peak memory of both."""
     cuda = torch.cuda.is_available()
-    torch.set_num_threads(1)
     clock = time.perf_counter if cuda else time.process_time
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(arm, mode, plan, directory)
@@ -227,6 +226,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # of the workers, and as the report says
     if args.worker:
         arm, mode, plan = json.loads(args.worker)
         print(json.dumps(measure(arm, mode, Plan(**plan))))

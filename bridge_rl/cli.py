@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 from bridge_rl.errors import STOPPED_CODE, Stopped, UserError, fault_of_disk
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_command(lambda: run_lm_eval(argv[1:]))
         return
     parser = argparse.ArgumentParser(prog="bridge-rl", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"bridge_rl {version('bridge_rl')}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, description in (("train", "a whole run from a recipe"), ("warmup", "only its warm-up")):
         add_recipe_arguments(commands.add_parser(name, help=description))
@@ -37,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve.add_argument("--model", required=True, help=model)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
     serve.add_argument("--port", type=int, default=8000, help="0 is any that is free; default: 8000")
-    serve.add_argument("--max-tokens", type=int, default=1024, help="limit of a request")
-    serve.add_argument("--max-width", type=int, default=16, help="limit of a request's n")
+    serve.add_argument("--max-tokens", type=int, default=1024, help="limit of a request; default: 1024")
+    serve.add_argument("--max-width", type=int, default=16, help="limit of a request's n; default: 16")
     demo = commands.add_parser("demo", help="warm-up, RLVR and evaluation of the embedded model")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     add_report_arguments(commands.add_parser("report", help="page, plots and tables of evaluations; W&B dashboards"))
@@ -46,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_parser("lm-eval", help="lm-evaluation-harness's own command line, with the model `bridge`")
     commands.add_parser("doctor", help="what is installed and what this machine can do")
     args, rest = parser.parse_known_args(argv)
-    if any(extra.startswith("-") for extra in rest) or (rest and "overrides" not in args):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    takes_overrides = "overrides" in args
+    unknown = [extra for extra in rest if extra.startswith("-") or not takes_overrides]
+    if unknown:
+        cure = ": keys of the recipe are set by key=value, such as rollout.width=8" if takes_overrides else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{cure}")
     if rest:
         args.overrides += rest  # those after an option
     run_command(lambda: dispatch(args))
@@ -106,11 +111,13 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint with a Bridge, or any causal LM")
     suites = "with commas between: math500, aime24, math (the paper's seven), rg:TASK, a file, ..."
     parser.add_argument("--suite", default="tiny", help=suites)
-    parser.add_argument("--widths", default="1,2,4,8", help="widths, such as 1,2,4,8")
-    parser.add_argument("--samples", type=int, default=8, help="completions a problem at each width")
+    parser.add_argument("--widths", default="1,2,4,8", help="default: 1,2,4,8")
+    parser.add_argument("--samples", type=int, default=8, help="completions a problem at each width; default: 8")
     parser.add_argument("--controls", action="store_true", help="also width 1, Bridge disabled, shuffled siblings")
     parser.add_argument("--probes", action="store_true", help="also watch what the blocks do")
-    parser.add_argument("--probe-rows", type=int, default=64, help="wrong rows that --probes tries with other siblings")
+    parser.add_argument(
+        "--probe-rows", type=int, default=64, help="wrong rows --probes gives other siblings; default: 64"
+    )
     parser.add_argument("--aggregate", default=None, help="FILE:FUNCTION that makes one answer of a group")
     parser.add_argument("--problems", type=int, default=None, help="at most so many problems")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="default: the run's recipe, else the suite's")
@@ -118,9 +125,11 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=None, help="default: the run's recipe, else 1")
     parser.add_argument("--top-p", type=float, default=None, help="default: the run's recipe, else 1")
     parser.add_argument("--reward", default=None, help="FILE:FUNCTION; default: the suite's; of a file the run's first")
-    parser.add_argument("--max-rows", type=int, default=64, help="rows sampled at once")
+    parser.add_argument("--max-rows", type=int, default=64, help="rows sampled at once; default: 64")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
-    parser.add_argument("--output", type=Path, default=None, help="default: MODEL/eval/SUITE")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="default: MODEL/eval/SUITE; of a hub model runs/NAME/eval/SUITE"
+    )
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +145,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--wandb", default=None, metavar="PROJECT", help="save a dashboard for this W&B project")
     parser.add_argument("--entity", default=None, help="whose W&B project; default: the key's")
-    parser.add_argument("--widths", default="1,2,4,8", help="of the evaluations in the W&B dashboard")
+    parser.add_argument("--widths", default="1,2,4,8", help="of the evaluations in the W&B dashboard; default: 1,2,4,8")
     parser.add_argument("--dry-run", action="store_true", help="write the W&B dashboard to a file, send nothing")
 
 
@@ -144,7 +153,7 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="YAML study; results and report are written beside it")
     only = "of a study, one or several of TASK, TASK/ARM, TASK/ARM/SEED"
     parser.add_argument("--only", action="append", default=[], metavar="CELLS", help=only)
-    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side; default: 1")
     parser.add_argument("--runs", type=Path, default=None, help="where cells work; default: runs/NAME of its directory")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and the time left")
     parser.add_argument("--search-only", action="store_true", help="only choose the learning rates")

@@ -86,11 +86,14 @@ def check_types(recipe: Recipe) -> None:
         if key in MANAGED or key not in type_hints() or key in CHOICES:
             continue
         hint = type_hints()[key]
+        config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
         try:
-            TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+            TypeAdapter(hint, config=config).validate_python(value, strict=True)
         except ValidationError as error:
-            wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
-            raise UserError(f"training.{key} is {value!r}: it must be of type {wanted}.") from error
+            wanted = f"of type {getattr(hint, '__name__', None) if isinstance(hint, type) else hint}"
+            if any(found["type"] == "finite_number" for found in error.errors()):
+                wanted = "a finite number"
+            raise UserError(f"training.{key} is {value!r}: it must be {wanted}.") from error
         if key in LEAST and value is not None and value < LEAST[key]:
             raise UserError(f"training.{key} is {value}: it must be at least {LEAST[key]}.")
 
@@ -309,8 +312,9 @@ def quantization_conflicts(recipe: Recipe) -> Iterator[str]:
 
 def position_conflicts(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
     longest = known_positions(config)
-    if longest is not None and recipe.rollout.max_new_tokens >= longest:
-        yield (
-            f"rollout.max_new_tokens is {recipe.rollout.max_new_tokens}, but the model knows {longest} positions, "
-            "prompt included: lower it."
-        )
+    for name in ("rollout", "warmup", "evaluation"):
+        limit = getattr(getattr(recipe, name), "max_new_tokens", None)
+        if longest is not None and limit is not None and limit >= longest:
+            yield (
+                f"{name}.max_new_tokens is {limit}, but the model knows {longest} positions, prompt included: lower it."
+            )

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def demo(output: Path) -> None:
         raise UserError("recipes/tiny_arith.yaml is not here: run the demo in a clone of the repository.")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process trains on one GPU
     directory = place_of_demo(output)
-    recipe = load_recipe(recipe_path, [f"output_dir={directory}", "logging.wandb=offline"])
+    recipe = replace(load_recipe(recipe_path, ["logging.wandb=offline"]), output_dir=str(directory))
     print(describe(recipe, check(recipe)), flush=True)
 
     base = evaluate_base(recipe, directory / SAMPLES)
@@ -59,6 +59,10 @@ def demo(output: Path) -> None:
 
 def place_of_demo(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, ... that does not exist, or where a demo was cut off, which goes on."""
+    if path.name in ("", ".."):  # such as `.`
+        path = path.resolve()
+    if not path.name:
+        raise UserError(f"--output is {path}: name a directory that the demo may make.")
     candidates = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
     return next(c for c in candidates if not c.exists() or ((c / SAMPLES).is_dir() and not (c / FIGURES).exists()))
 

@@ -1,10 +1,11 @@
 """What a run will do, worked out without weights or network: groups, batches, parameters, memory."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -79,6 +80,8 @@ def make_plan(recipe: Recipe, read_data: bool = False) -> Plan:
         found += option_conflicts(recipe, batches)
     reads, gpu, section = read_data and not found, planned_for_gpu(recipe), recipe.warmup
     prompt = warmup_prompt = longest_prompt(recipe, recipe.data.train, "data.train", reads)
+    if recipe.data.eval is not None:
+        longest_prompt(recipe, recipe.data.eval, "data.eval", reads)  # which a run would refuse if it cannot be read
     # At least one, where a conflict says that a batch splits it.
     groups = (max(1, batches.groups_per_micro_batch), max(1, batches.groups_per_rank))
     memory = estimate(recipe, config, parameters, groups, batches.num_processes, prompt.tokens, gpu)
@@ -144,17 +147,25 @@ def check(recipe: Recipe) -> Plan:
 
 
 def adapted_modules(model: torch.nn.Module, recipe: Recipe) -> list[torch.nn.Module]:
-    """Those that PEFT puts a LoRA on. Raises UserError for a target that is none, which PEFT leaves out silently."""
+    """Those that PEFT puts a LoRA on. Raises UserError for a target that is none, which PEFT leaves out silently, or
+    refuses when it has the model."""
     named = recipe.lora.target_modules
+    targets: list[Any] = [named] if isinstance(named, str) else [[target] for target in named]
+    if not named:
+        raise UserError("lora.target_modules is empty: name modules, such as [q_proj, v_proj], or 'all-linear'.")
     found: dict[str, torch.nn.Module] = {}
-    for target in [named] if isinstance(named, str) else named:
-        config = LoraConfig(target_modules=target if isinstance(named, str) else [target])
-        own = {name: m for name, m in model.named_modules() if check_target_module_exists(config, name)}
-        if not own:
+    for target in targets:
+        config = LoraConfig(target_modules=target)
+        try:
+            own = {name: m for name, m in model.named_modules() if check_target_module_exists(config, name)}
+        except re.error as error:
+            raise UserError(f"lora.target_modules is {named!r}, and no regular expression: {error}.") from error
+        if not own or not all(isinstance(m, torch.nn.Linear | torch.nn.Embedding) for m in own.values()):
             known = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            name = target if isinstance(target, str) else target[0]
+            what = f"has no module '{name}'" if not own else f"has '{name}', which is no linear module"
             raise UserError(
-                f"lora.target_modules: {recipe.model.path} has no module '{target}': its linear ones are "
-                f"{', '.join(sorted(known))}."
+                f"lora.target_modules: {recipe.model.path} {what}: its linear ones are {', '.join(sorted(known))}."
             )
         found |= own
     return list(found.values())
@@ -171,7 +182,9 @@ def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
             ) from error
         head = model.get_output_embeddings()
         linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        adapted = linear if recipe.lora.target_modules == "all-linear" else adapted_modules(model, recipe)
+        adapted: list[torch.nn.Module] = []
+        if recipe.train == "lora":
+            adapted = linear if recipe.lora.target_modules == "all-linear" else adapted_modules(model, recipe)
         if recipe.bridge is not None:
             attach_bridge(model, recipe.bridge)
     quantized = {m for m in linear if recipe.model.quantization is not None}

@@ -26,8 +26,14 @@ def prepare_distributed(recipe: Recipe) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if stage > 0 and not uses_deepspeed() and not uses_fsdp():
+        file = find_file(recipe.launch.deepspeed_config)
+        if file is None:
+            raise UserError(
+                f"launch.zero_stage is {stage}, and {recipe.launch.deepspeed_config} is not here: start the run in a "
+                "clone of the repository, or let accelerate's configuration turn DeepSpeed on."
+            )
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(find_file(recipe.launch.deepspeed_config))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == 3).lower()
     elif uses_deepspeed() and (file := find_file(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))) is not None:
         # launch/accelerate names launch/deepspeed, which is there in the clone's root only.

@@ -75,9 +75,7 @@ def validate(kind: type[T], content: dict[str, Any], path: Path) -> T:
     try:
         made = TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        # An unknown key first: it is often why another one is missing.
-        first = min(error.errors(), key=lambda found: found["type"] not in UNKNOWN_KEY)
-        raise UserError(f"{path}: {_sentence(first, kind, content)}") from error
+        raise UserError(f"{path}: {_sentence(error.errors(), kind, content)}") from error
     for key, value in _switches_for_numbers(content, made):
         word = "yes" if value else "no"
         raise UserError(f"{path}: the key '{key}' is {value} (YAML takes {word} for that): it must be a number.")
@@ -99,14 +97,18 @@ def _switches_for_numbers(content: Any, made: Any, key: str = "") -> Iterator[tu
 
 def read_yaml(path: Path, what: str = "recipe", extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, laid over the one that it extends. `what`: how errors call such a file."""
-    if not path.is_file():
-        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], 1)
+    if os.path.isdir(path):  # which, unlike pathlib's, takes a name that is too long
+        raise UserError(f"{path} is a directory: name a {what} in it.")
+    if not os.path.isfile(path):
+        known = [p.stem for p in path.parent.glob("*.yaml") if p.is_file()]
+        near = difflib.get_close_matches(path.stem, known, 1)
         place = f" (which {extended_by[-1]} extends)" if extended_by else ""
         cure = f": did you mean {path.parent / near[0]}.yaml?" if near else "."
         raise UserError(f"There is no {what} {path}{place}{cure}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a number of 5000 digits
+    # ValueError: bytes that are no text, a number of 5000 digits; RecursionError: thousands of brackets.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is empty or no mapping: a {what} has keys, each with a value.")
@@ -182,8 +184,10 @@ def _has_comment(text: str) -> bool:
     return any("#" in text[one.end_mark.index : other.start_mark.index] for one, other in tokens)
 
 
-def _sentence(error: ErrorDetails, kind: type, content: Any) -> str:
-    """One sentence for the first thing that pydantic found wrong in `content`."""
+def _sentence(errors: list[ErrorDetails], kind: type, content: Any) -> str:
+    """One sentence for the first thing that pydantic found wrong in `content`; an unknown key comes first, since it is
+    often why another one is missing."""
+    error = min(errors, key=lambda found: found["type"] not in UNKNOWN_KEY)
     keys = _keys(error, content)
     key = ".".join(keys)
     if error["type"] == "value_error":
@@ -192,7 +196,14 @@ def _sentence(error: ErrorDetails, kind: type, content: Any) -> str:
         return f"unknown key '{key}'{nearest(keys[-1], _known_keys(keys[:-1], kind))}"
     if error["type"] in MISSING_KEY:
         return f"the key '{key}' is missing."
-    return f"the key '{key}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+    # One error for each form that the value might have, also of what is in a list.
+    first, *others = [
+        found["msg"]
+        for found in errors
+        if (own := _keys(found, content))[: len(keys)] == keys and all(map(str.isdigit, own[len(keys) :]))
+    ]
+    forms = dict.fromkeys([f"{first[0].lower()}{first[1:]}", *(m.removeprefix("Input should be ") for m in others)])
+    return f"the key '{key}' is {error['input']!r}: {' or '.join(forms)}."
 
 
 def _keys(error: ErrorDetails, content: Any) -> list[str]:

@@ -90,6 +90,7 @@ RECIPES = {
     ),
     "a key twice": (b"rollout:\n  width: 8\n  width: 4\n", ["r.yaml is not valid YAML: 'width' stands", "line 3"]),
     "a number too long": (b"seed: " + b"9" * 5000, ["r.yaml is not valid YAML", "Exceeds the limit"]),
+    "brackets without end": (b"training: " + b"[" * 3000, ["r.yaml is not valid YAML"]),
     "no text": (b"\xff\xfe\x00\x81", ["r.yaml is not valid YAML"]),
     "empty": (b"", ["r.yaml is empty"]),
     "a list": (b"- model\n", ["r.yaml is empty or no mapping"]),
@@ -116,6 +117,27 @@ def test_a_recipe_that_is_not_there_is_answered_with_the_nearest(command, no_wei
     assert error == f"error: There is no recipe {TINY.parent}/tiny_arit.yaml: did you mean {TINY}?"
 
 
+def test_a_directory_or_a_name_that_no_file_can_have_is_no_recipe(tmp_path, no_weights, capsys):
+    (tmp_path / "runs.yaml").mkdir()
+    assert error_of(["train", "runs.yaml"], capsys) == "error: runs.yaml is a directory: name a recipe in it."
+    assert error_of(["train", "run.yaml"], capsys) == "error: There is no recipe run.yaml."
+    assert error_of(["train", 300 * "a"], capsys) == f"error: There is no recipe {300 * 'a'}."
+
+
+def test_options_that_are_none_are_named_and_overrides_are_not(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(TINY), "--seed=4", "output_dir=out"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(
+        "unrecognized arguments: --seed=4: keys of the recipe are set by key=value, such as rollout.width=8"
+    )
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused(capsys):
+    [*_, error] = error_lines(["generate", "--model", TINY_MODEL, "\udcff"], capsys)
+    assert error == "error: The prompt is not valid UTF-8: give it in the encoding of the terminal."
+
+
 # -- keys and values --------------------------------------------------------------------------------------------------
 
 OVERRIDES = {
@@ -135,6 +157,13 @@ OVERRIDES = {
         ["'training.learning_rte'", "did you mean 'learning_rate'?"],
     ),
     "key that another section decides": ("training.num_generations=8", ["training.num_gen", "use rollout.num_gen"]),
+    "a learning rate without end": (
+        "training.learning_rate=.inf",
+        ["training.learning_rate is inf", "a finite number"],
+    ),
+    "a bound that is no number": ("training.max_grad_norm=.nan", ["training.max_grad_norm is nan", "a finite number"]),
+    "neither form": ("data.train.check_answers=5", ["should be 'drop' or a valid boolean"]),
+    "neither form in a list": ("bridge.layers=[1.5]", ["should be 'all' or a valid integer"]),
     "no equals sign": ("rollout.width", ["'rollout.width' is not key=value"]),
     "value that is no YAML": ("rollout.width=[", ["'rollout.width=['", "not valid YAML"]),
     "key twice in a value": ("rollout={width: 4, width: 8}", ["not valid YAML ('width' stands twice)"]),

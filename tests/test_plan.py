@@ -192,6 +192,35 @@ def test_a_lora_on_a_module_that_is_not_there_is_refused():
         make_plan(recipe)
 
 
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ("[self_attn]", "has 'self_attn', which is no linear module: .*q_proj"),
+        ("'.*attn.*'", r"has '\.\*attn\.\*', which is no linear module"),
+        ("[norm]", "has 'norm', which is no linear module"),
+        ("'('", "no regular expression: missing"),
+        ("''", "is empty"),
+        ("[]", "is empty"),
+    ],
+)
+def test_lora_targets_that_take_none_are_refused(targets, words):
+    overrides = ["train=lora", f"lora.target_modules={targets}"]
+    with pytest.raises(UserError, match=rf"^lora\.target_modules.* {words}"):
+        make_plan(load_recipe(TINY, overrides))
+    make_plan(load_recipe(TINY, overrides[1:]))  # of a run without a LoRA nobody looks
+
+
+def test_a_dry_run_reads_the_held_out_problems():
+    with pytest.raises(UserError, match=r"data\.eval\.path: .* holds no rows"):
+        make_plan(load_recipe(TINY, ["data.eval.kwargs.size=0"]), read_data=True)
+
+
+@pytest.mark.parametrize("section", ["warmup", "evaluation"])
+def test_lengths_beyond_the_positions_of_the_model_are_a_conflict(section):
+    [conflict] = make_plan(load_recipe(TINY, [f"{section}.max_new_tokens=128"])).conflicts
+    assert conflict == f"{section}.max_new_tokens is 128, but the model knows 128 positions, prompt included: lower it."
+
+
 def test_layers_that_carry_no_block_count_nothing():
     recipe = load_recipe(TINY, ["bridge={num_heads: 4, head_dim: 12, layers: [1, 3]}"])
     assert make_plan(recipe).parameters.new == 2 * (4 * 128 * 48 + 128)

@@ -5,6 +5,7 @@ import re
 import sys
 from collections import defaultdict
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,14 @@ def test_a_demo_that_was_cut_off_goes_on_where_it_was_and_overwrites_no_other(tm
     (path / "demo.json").write_text("{}")
     (tmp_path / "demo-2").mkdir()  # of something else
     assert place_of_demo(path) == tmp_path / "demo-3"
+
+
+def test_a_demo_in_the_directory_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert place_of_demo(Path(".")) == tmp_path / "here-2"
+    with pytest.raises(UserError, match="--output is /: name a directory"):
+        place_of_demo(Path("/"))
 
 
 def test_a_base_that_could_not_be_written_is_not_trained(tmp_path, monkeypatch):

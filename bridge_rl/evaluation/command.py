@@ -107,6 +107,8 @@ def output_directory(model: str) -> Path:
 
 def generate(args: argparse.Namespace) -> None:
     """Print one group of completions for a prompt."""
+    if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python hands on bytes that are no text
+        raise UserError("The prompt is not valid UTF-8: give it in the encoding of the terminal.")
     model, tokenizer = load_for_sampling(args.model)
     prompt: Any = args.prompt
     if tokenizer.chat_template is not None:

@@ -87,6 +87,13 @@ def test_a_launcher_that_asks_for_fsdp_is_not_overruled_by_the_recipes_zero_stag
     assert environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") == (file if turned_on else None)
 
 
+def test_deepspeeds_file_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "2"})
+    monkeypatch.setattr("bridge_rl.run_options.find_file", lambda path: None)
+    with pytest.raises(UserError, match=r"launch.zero_stage is 3, and launch/deepspeed/zero3.json is not here"):
+        prepare_distributed(SimpleNamespace(launch=LaunchSection(zero_stage=3)))
+
+
 def test_deepspeeds_file_of_a_launcher_is_found_from_another_directory(monkeypatch, tmp_path):
     environment = {
         "WORLD_SIZE": "2",
