@@ -368,13 +368,16 @@ def test_logits_that_are_not_finite_are_said_to_be(temperature):
 LONG_ROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "partial_rotary_factor": 1.0}
 
 
-@pytest.mark.parametrize(
+CHANGING_POSITIONS = pytest.mark.parametrize(
     ("family", "rope", "overrides"),
     [
         ("phi3", {"rope_type": "longrope", **LONG_ROPE}, {"original_max_position_embeddings": 32}),
         ("llama", {"rope_type": "dynamic", "factor": 4.0}, {"max_position_embeddings": 32}),
     ],
 )
+
+
+@CHANGING_POSITIONS
 def test_a_row_may_not_be_so_long_that_it_changes_the_positions_of_others(family, rope, overrides):
     model = make_bridged(family, rope_parameters={"rope_theta": 10000.0, **rope}, **overrides)
     groups = br.generate_groups(model, [[5, 6], [7] * 12], 3, br.SamplingParams(20, eos_token_id=[]))
@@ -383,13 +386,7 @@ def test_a_row_may_not_be_so_long_that_it_changes_the_positions_of_others(family
         br.generate_groups(model, [[5, 6], [7] * 13], 3, br.SamplingParams(20, eos_token_id=[]))
 
 
-@pytest.mark.parametrize(
-    ("family", "rope", "overrides"),
-    [
-        ("phi3", {"rope_type": "longrope", **LONG_ROPE}, {"original_max_position_embeddings": 32}),
-        ("llama", {"rope_type": "dynamic", "factor": 4.0}, {"max_position_embeddings": 32}),
-    ],
-)
+@CHANGING_POSITIONS
 def test_a_row_that_runs_on_behind_its_limit_changes_no_positions_of_others(family, rope, overrides):
     model = make_bridged(family, rope_parameters={"rope_theta": 10000.0, **rope}, **overrides)
     prompts, limits = [[7] * 20, [5, 6, 8]], [[12, 9], [28, 28]]
