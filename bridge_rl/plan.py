@@ -150,19 +150,18 @@ def adapted_modules(model: torch.nn.Module, recipe: Recipe) -> list[torch.nn.Mod
     """Those that PEFT puts a LoRA on. Raises UserError for a target that is none, which PEFT leaves out silently, or
     refuses when it has the model."""
     named = recipe.lora.target_modules
-    targets: list[Any] = [named] if isinstance(named, str) else [[target] for target in named]
+    targets: list[tuple[str, Any]] = [(named, named)] if isinstance(named, str) else [(name, [name]) for name in named]
     if not named:
         raise UserError("lora.target_modules is empty: name modules, such as [q_proj, v_proj], or 'all-linear'.")
     found: dict[str, torch.nn.Module] = {}
-    for target in targets:
+    for name, target in targets:
         config = LoraConfig(target_modules=target)
         try:
-            own = {name: m for name, m in model.named_modules() if check_target_module_exists(config, name)}
+            own = {path: m for path, m in model.named_modules() if check_target_module_exists(config, path)}
         except re.error as error:
-            raise UserError(f"lora.target_modules is {named!r}, and no regular expression: {error}.") from error
+            raise UserError(f"lora.target_modules is {name!r}, and no regular expression: {error}.") from error
         if not own or not all(isinstance(m, torch.nn.Linear | torch.nn.Embedding) for m in own.values()):
-            known = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            name = target if isinstance(target, str) else target[0]
+            known = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
             what = f"has no module '{name}'" if not own else f"has '{name}', which is no linear module"
             raise UserError(
                 f"lora.target_modules: {recipe.model.path} {what}: its linear ones are {', '.join(sorted(known))}."

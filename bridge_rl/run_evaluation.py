@@ -61,16 +61,16 @@ def make_evaluator(
         stop.give_up_if_asked()
         metrics: dict[str, float] = {}
         with together():  # the others wait for the main rank, which may find samples that are damaged
-            if state.is_main_process:
-                groups = evaluation.collected()
-                meta = {"step": step, **made, **provenance()}
-                results = analyse(groups, section.widths, listening, meta)
-                print(as_table(results.summaries), flush=True)
-                write_for_readers(directory, rows, groups, tokenizer)
-                write_results(results, directory / "results.json")
-                for summary in results.summaries:
-                    values = {metric: summary.metrics[metric].value for metric in names.EVALUATION}
-                    metrics |= {names.evaluation(metric, summary.width): value for metric, value in values.items()}
+            groups = evaluation.collected() if state.is_main_process else []
+        if state.is_main_process:
+            meta = {"step": step, **made, **provenance()}
+            results = analyse(groups, section.widths, listening, meta)
+            print(as_table(results.summaries), flush=True)
+            write_for_readers(directory, rows, groups, tokenizer)
+            write_results(results, directory / "results.json")
+            for summary in results.summaries:
+                values = {metric: summary.metrics[metric].value for metric in names.EVALUATION}
+                metrics |= {names.evaluation(metric, summary.width): value for metric, value in values.items()}
         return broadcast_object_list([metrics])[0]
 
     return evaluate

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from bridge_rl.rollout.cache import Layout, PagedCache
 from bridge_rl.rollout.decode import Decoder, Inputs
 from bridge_rl.rollout.pages import PageTable
-from bridge_rl.rollout.request import Row, rope_types
+from bridge_rl.rollout.request import Row, ropes
 
 NEVER = 2**40  # a column that no row reaches
 
@@ -123,7 +123,7 @@ class FilledDecoder(Decoder):
 def why_not_recorded(model: PreTrainedModel, capability: tuple[int, int]) -> str | None:
     """What in a step of `model` waits for the host, on a device of this compute capability, if anything does."""
     config = model.config.get_text_config()
-    if "dynamic" in rope_types(config):
+    if any(rope.get("rope_type") == "dynamic" for rope in ropes(config)):
         return "its `dynamic` rotary embeddings ask how long the rows are"
     if getattr(model, "is_loaded_in_8bit", False):
         return "its int8 weights ask for outliers"

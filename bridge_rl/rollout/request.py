@@ -206,10 +206,6 @@ def steady_positions(config: PretrainedConfig) -> int | None:
     return min(known, default=None)
 
 
-def rope_types(config: PretrainedConfig) -> set[str]:
-    return {rope["rope_type"] for rope in ropes(config) if "rope_type" in rope}
-
-
 def ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     """Parameters of rotary embeddings: some families have some for each kind of layer, or none for a kind."""
     parameters = getattr(config, "rope_parameters", None) or {}

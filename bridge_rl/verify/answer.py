@@ -167,7 +167,7 @@ _BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2, 
     (re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\})\s*(\d)"), r"\\frac\1{\2}"),
     (re.compile(r"\\sqrt\s*(\d)"), r"\\sqrt{\1}"),
 )
-_MIXED = re.compile(r"(?<![\w.}^])(\d+)\s*\\[dtc]?frac\{(\d+)\}\{(\d+)\}")
+_MIXED_FRACTION = re.compile(r"(?<![\w.}^])(\d+)\s*\\[dtc]?frac\{(\d+)\}\{(\d+)\}")
 _NAMED = re.compile(r"[A-Za-z](?:_\w)?\s*=\s*([^=]+)")  # x = 5
 _WITH_UNIT = re.compile(
     r"\\?\$?(?P<value>[-+]?(?:\d[\d.]*|\\frac\{-?\d+\}\{-?\d+\}))\s*"
@@ -188,7 +188,7 @@ def comparable_answer(completion: str) -> str | None:
     text = answer.text
     for pattern, braced in _BRACES:
         text = pattern.sub(braced, text)
-    text = _MIXED.sub(improper_fraction, text)
+    text = _MIXED_FRACTION.sub(improper_fraction, text)
     if named := _NAMED.fullmatch(text):
         text = named[1].strip()
     goes_on = SECOND_NUMBER.search(text)
