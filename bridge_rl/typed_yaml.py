@@ -4,6 +4,7 @@ A file may begin with `extends: other.yaml` (relative to itself): its own keys a
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,7 @@ def read_yaml(path: Path, what: str = "recipe", extended_by: tuple[Path, ...] = 
         cure = f": did you mean {path.parent / near[0]}.yaml?" if near else "."
         raise UserError(f"There is no {what} {path}{place}{cure}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = _load(path.read_text(encoding="utf-8"))
     # ValueError: bytes that are no text, a number of 5000 digits; RecursionError: thousands of brackets.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -122,6 +123,12 @@ def read_yaml(path: Path, what: str = "recipe", extended_by: tuple[Path, ...] = 
     if below.resolve() in [p.resolve() for p in chain]:
         raise UserError(f"{path}: the key 'extends' is {base!r}, and that recipe extends this one: break the circle.")
     return _merge(read_yaml(below, what, chain), content)
+
+
+def _load(text: str) -> Any:
+    content = yaml.load(text, _Loader)
+    json.dumps(content, default=str, skipkeys=True)  # ValueError for an anchor inside of what it names
+    return content
 
 
 def write_yaml(content: dict[str, Any]) -> str:
@@ -170,7 +177,7 @@ def _place(section: dict[str, Any] | list[Any], name: str, override: str) -> Any
 def _read_value(text: str, override: str) -> Any:
     """The value of an override: YAML, but text where YAML would take a part of it (`#### (.+)`) for a comment."""
     try:
-        return text if _has_comment(text) else yaml.load(text, _Loader)
+        return text if _has_comment(text) else _load(text)
     except (yaml.YAMLError, ValueError) as error:
         why = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         raise UserError(
