@@ -3,8 +3,9 @@
 `python benchmarks/intervals.py` writes `benchmarks/results/intervals.json`. Difficulties of problems have a beta
 distribution, groups have 4 rows, and a wrong row copies a right sibling with chance 0.3, so that rows depend on each
 other. Each cell is one metric at one rate (the true pass@1), spread of difficulty and number of problems. Lengths are
-lognormal; gains are differences to the same problems without copying, or (no gain) sampled anew with it. The plain
-percentile bootstrap stands beside.
+lognormal; gains are differences to the same problems without copying, or (no gain) sampled anew with it. Rare changes
+are differences of which most are 0: of one group a problem, or one row with other siblings. The plain percentile
+bootstrap stands beside.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-from bridge_rl.evaluation.intervals import RESAMPLES, estimates
+from bridge_rl.evaluation.intervals import RESAMPLES, estimates, paired_estimates
+from bridge_rl.evaluation.results import Estimate
 from bridge_rl.report.results import provenance
 
 RESULT = Path(__file__).parent / "results" / "intervals.json"
@@ -26,6 +28,15 @@ PROBLEMS, RATES = (30, 100, 500), (0.1, 0.3, 0.5, 0.7, 0.9)
 # a + b of the beta distribution, and the groups of a problem. `alike`: all problems are about equally hard, as no suite
 # is; `wide`: most are either easy or hard.
 SPREADS = {"alike": (200.0, 4), "moderate": (4.0, 4), "wide": (1.0, 8)}
+# Problems, and the chance that one of them changes for the better and for the worse.
+RARE_CHANGES = (
+    (30, 0.06, 0.06),
+    (60, 0.03, 0.03),
+    (100, 0.02, 0.02),
+    (100, 0.1, 0.02),
+    (200, 0.01, 0.01),
+    (500, 0.005, 0.005),
+)
 ENOUGH = (0.05, 0.95)  # true rates at which 30 problems tell more than that something is rare
 Array = NDArray[np.float64]
 
@@ -63,9 +74,8 @@ def draw(rng: np.random.Generator, difficulty: Array, groups: int, copy: float) 
     }
 
 
-def covered(means: Array, true: float, limits: tuple[float, float]) -> dict[str, float]:
+def covered(means: Array, true: float, found: list[Estimate]) -> dict[str, float]:
     """Share of simulations whose interval holds the truth, where it misses, and the mean width."""
-    found = estimates(means, [limits] * means.shape[1])
     # A metric without bounds that never varied has no interval: that counts as missing.
     low = np.array([np.nan if e.low is None else e.low for e in found])
     high = np.array([np.nan if e.high is None else e.high for e in found])
@@ -94,19 +104,39 @@ def cells_of(problems: int, rate: float, spread: str, simulations: int) -> list[
     difficulty = rng.beta(mean * concentration, (1 - mean) * concentration, (problems, simulations))
     with_copy, again, without = (draw(rng, difficulty, groups, copy) for copy in (COPY, COPY, 0.0))
     true, true_without = truth(mean, concentration, COPY), truth(mean, concentration, 0.0)
-    measured = {name: (with_copy[name], true[name], (0.0, 1.0)) for name in with_copy}
     gain = true["pass@1"] - true_without["pass@1"]
-    measured["gain in pass@1"] = (with_copy["pass@1"] - without["pass@1"], gain, (-1.0, 1.0))
-    measured["no gain in pass@1"] = (with_copy["pass@1"] - again["pass@1"], 0.0, (-1.0, 1.0))
+    gains = {
+        "gain in pass@1": (with_copy["pass@1"] - without["pass@1"], gain),
+        "no gain in pass@1": (with_copy["pass@1"] - again["pass@1"], 0.0),
+    }
     setting = {"problems": problems, "rate": rate, "spread": spread}
-    return [{**setting, "metric": name, "true": values[1], **covered(*values)} for name, values in measured.items()]
+    return [
+        *(level_cell({**setting, "metric": name}, with_copy[name], true[name], (0.0, 1.0)) for name in with_copy),
+        *(paired_cell({**setting, "metric": name}, *values) for name, values in gains.items()),
+    ]
+
+
+def level_cell(setting: dict[str, Any], means: Array, true: float, limits: tuple[float, float]) -> dict[str, Any]:
+    return {**setting, "true": true, **covered(means, true, estimates(means, [limits] * means.shape[1]))}
+
+
+def paired_cell(setting: dict[str, Any], differences: Array, true: float) -> dict[str, Any]:
+    found = paired_estimates(differences, [2.0] * differences.shape[1])
+    return {**setting, "true": true, **covered(differences, true, found)}
+
+
+def rare_change_cell(problems: int, better: float, worse: float, simulations: int) -> dict[str, Any]:
+    """Differences of 1, -1 or, mostly, 0."""
+    draws = np.random.default_rng(problems).random((problems, simulations))
+    differences = np.where(draws < better, 1.0, np.where(draws > 1 - worse, -1.0, 0.0))
+    setting = {"problems": problems, "metric": "rare change", "better": better, "worse": worse}
+    return paired_cell(setting, differences, better - worse)
 
 
 def length_cell(problems: int, simulations: int) -> dict[str, Any]:
     """Mean tokens, lognormal over problems (sigma 0.6)."""
     means = np.random.default_rng(problems).lognormal(5.0, 0.6, (problems, simulations))
-    found = covered(means, math.exp(5.0 + 0.6**2 / 2), (0.0, math.inf))
-    return {"problems": problems, "metric": "length", "true": math.exp(5.18), **found}
+    return level_cell({"problems": problems, "metric": "length"}, means, math.exp(5.0 + 0.6**2 / 2), (0.0, math.inf))
 
 
 def worst(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,6 +174,7 @@ def main() -> None:
         for rate in RATES
         for cell in cells_of(problems, rate, spread, options.simulations)
     ]
+    rare_changes = [rare_change_cell(*setting, options.simulations) for setting in RARE_CHANGES]
     lengths = [length_cell(problems, options.simulations) for problems in PROBLEMS]
     report = {
         **provenance(),
@@ -152,12 +183,13 @@ def main() -> None:
         "moderate_and_wide": worst([cell for cell in cells if not is_rare(cell) and cell["spread"] != "alike"]),
         "alike": worst([cell for cell in cells if not is_rare(cell) and cell["spread"] == "alike"]),
         "rarer_than_.05_or_.95": worst([cell for cell in cells if is_rare(cell)]),
+        "rare_change": rare_changes,
         "length": lengths,
         "cells": cells,
     }
     options.output.parent.mkdir(exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps({key: report[key] for key in list(report)[-5:-1]}, indent=2))
+    print(json.dumps({key: report[key] for key in list(report)[-6:-1]}, indent=2))
 
 
 if __name__ == "__main__":

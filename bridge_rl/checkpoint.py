@@ -169,6 +169,7 @@ def load_bridge(
             f"{directory} was trained on another base ({content['base']}, fingerprint {content['base_fingerprint']}, "
             f"found {found}): pass the right one as base_model."
         )
+    base.config.bridge = None  # of a base that was a whole Bridge model: these blocks take the place of its own
     model = attach_bridge(base, config, options_of_base(options))
     if is_adapter:
         from peft import PeftModel

@@ -197,6 +197,22 @@ def test_a_full_checkpoint_keeps_its_bridge(base_directory, tmp_path):
     assert "silently drops the blocks" in (tmp_path / "full" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("train", ["bridge", "lora"])
+def test_what_is_trained_on_a_full_checkpoint_can_be_loaded(train, tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    br.save_bridge(attach_to(str(tmp_path / "base")), tmp_path / "full", merged=True)
+    model = load_model(ModelSection(str(tmp_path / "full"), dtype="float32"))
+    for _, parameter in br.bridge_parameters(model):
+        parameter.data = torch.rand_like(parameter)
+    if train == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["bridge"]))
+        model.save_pretrained(tmp_path / "next")
+        write_config(model, tmp_path / "next")
+    else:
+        br.save_bridge(model, tmp_path / "next")
+    assert torch.equal(logits(br.load_bridge(tmp_path / "next")), logits(model))
+
+
 def test_a_sharded_full_checkpoint_keeps_its_bridge(base_directory, tmp_path):
     model = attach_to(base_directory)
     br.save_bridge(model, tmp_path / "full", merged=True)

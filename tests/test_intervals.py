@@ -1,6 +1,7 @@
 """Intervals and tests of means over problems, against closed forms, enumeration and simulation."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bridge_rl.evaluation.intervals import SEED, estimate, estimates, holm, sign_flip_p
+from bridge_rl.evaluation.intervals import SEED, estimate, estimates, holm, paired_estimates, sign_flip_p
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,6 +109,37 @@ def test_95_percent_intervals_hold_the_truth_as_often(problems, rate):
     found = estimates(means, [(0.0, 1.0)] * simulations)
     coverage = np.mean([e.low <= true <= e.high for e in found])
     assert 0.93 <= coverage <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("problems", "better", "worse"), [(30, 0.06, 0.06), (100, 0.02, 0.02), (200, 0.01, 0.01), (100, 0.1, 0.02)]
+)
+def test_intervals_of_differences_that_are_mostly_none_hold_the_truth_as_often(problems, better, worse):
+    simulations = 1000
+    draws = np.random.default_rng(problems).random((problems, simulations))
+    differences = np.where(draws < better, 1.0, np.where(draws > 1 - worse, -1.0, 0.0))
+    found = paired_estimates(differences, [2.0] * simulations)
+    coverage = np.mean([e.low <= better - worse <= e.high for e in found])
+    assert 0.93 <= coverage <= 0.985
+
+
+@pytest.mark.parametrize(("changed", "problems"), [(1, 300), (3, 100), (4, 200)])
+def test_a_few_changes_for_the_better_are_no_sure_gain(changed, problems):
+    differences = np.array([1.0] * changed + [0.0] * (problems - changed))
+    assert sign_flip_p(differences) > 0.05
+    [found] = paired_estimates(differences[:, None], [2.0])
+    assert found.low < 0 < found.value < found.high
+
+
+def test_no_changes_are_no_certainty_that_there_are_none():
+    [found] = paired_estimates(np.zeros((30, 1)), [2.0])
+    assert found.low < -0.03
+    assert found.high > 0.03
+
+
+def test_differences_of_a_metric_without_bounds_have_none():
+    differences = np.random.default_rng(3).normal(1.0, 10.0, 40)[:, None]
+    assert paired_estimates(differences, [math.inf]) == estimates(differences, [(-math.inf, math.inf)])
 
 
 def test_a_sign_flip_p_by_hand():

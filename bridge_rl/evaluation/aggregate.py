@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 
 from bridge_rl.errors import UserError
-from bridge_rl.evaluation.intervals import Array, estimate, estimates, sign_flip_p
+from bridge_rl.evaluation.intervals import Array, estimate, estimates, paired_estimates, sign_flip_p
 from bridge_rl.evaluation.metrics import (
     best_row,
     bounds,
@@ -126,8 +126,7 @@ def compare_means(
     if not shared:
         raise UserError(f"{first_label} and {second_label} have no problem in common: compare runs on the same suite.")
     differences = np.array([first[problem] - second[problem] for problem in shared])
-    span = limits[1] - limits[0]
-    found = estimate(differences[:, None].tolist(), -span, span)
+    [found] = paired_estimates(differences[:, None], [limits[1] - limits[0]])
     return Comparison(name, metric, first_label, second_label, found, sign_flip_p(differences), len(shared))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.evaluation.forced import ForcedGroup, sample_free_rows, score_free_rows
-from bridge_rl.evaluation.intervals import estimate
+from bridge_rl.evaluation.intervals import estimate, paired_estimates
 from bridge_rl.evaluation.judge import Judged
 from bridge_rl.evaluation.results import Counterfactual, Estimate
 from bridge_rl.evaluation.samples import SampledGroup
@@ -172,7 +172,8 @@ def more_often_right(first: Sequence[Outcome], second: Sequence[Outcome]) -> Est
     gains: dict[int, list[float]] = {}
     for one, other in zip(first, second, strict=True):
         gains.setdefault(one.problem, []).append(float(one.became_right) - float(other.became_right))
-    return estimate(list(gains.values()), -1.0, 1.0)
+    means = np.array([np.mean(of) for of in gains.values()])
+    return paired_estimates(means[:, None], [1.0])[0]
 
 
 def choose_trials(groups: Sequence[SampledGroup], max_rows: int, seed: int) -> list[Trial]:

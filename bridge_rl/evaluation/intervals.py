@@ -13,6 +13,9 @@ bootstrap is too narrow in two ways, for which there are two corrections:
    1 too. (A power of s between 0 and 2 is a choice: 2 would leave small differences with long tails too narrow, 0
    would make all that varies little too wide. 1 was the best of 1, 1.5 and 2 in the simulation.)
 
+Paired differences may be 0 for nearly all problems. What varies little in them can be rare instead of small, which s
+does not tell: the two observations are then as far from 0 as the largest difference, and r is 1.
+
 `benchmarks/intervals.py` measures how often they cover, from 30 problems on: pass@1 and gains in it 93 to 97 %, rates
 below .05 or above .95 up to 99 %; the mean length of 30 problems whose lengths are lognormal only 92 %.
 """
@@ -44,8 +47,18 @@ def estimate(values: Sequence[Sequence[float]], low: float = 0.0, high: float = 
     return estimates(means[:, None], [(low, high)])[0]
 
 
-def estimates(means: Array, limits: Sequence[tuple[float, float]]) -> list[Estimate]:
-    """As `estimate`, for several metrics with the same resamples. means: [P, M], NaN where a problem has no value."""
+def paired_estimates(differences: Array, spans: Sequence[float]) -> list[Estimate]:
+    """As `estimates`, for paired differences [P, M] between values of metrics with these spans between their bounds."""
+    largest = np.abs(differences).max(axis=0)
+    limits = [(-top, top) for top in np.where(np.isfinite(spans) & (largest > 0), largest, spans)]
+    return estimates(differences, limits, end_ratio=1.0)
+
+
+def estimates(means: Array, limits: Sequence[tuple[float, float]], end_ratio: float | None = None) -> list[Estimate]:
+    """As `estimate`, for several metrics with the same resamples. means: [P, M], NaN where a problem has no value.
+
+    end_ratio: the second correction's r; None: by the spread of the values.
+    """
     present = ~np.isnan(means)
     count = present.sum(axis=0)  # [M]
     if not count.all():
@@ -55,7 +68,7 @@ def estimates(means: Array, limits: Sequence[tuple[float, float]]) -> list[Estim
     low, high = np.full(len(value), np.nan), np.full(len(value), np.nan)
     if many.any():
         chosen = [limit for limit, enough in zip(limits, many, strict=True) if enough]
-        low[many], high[many] = _intervals(means[:, many], present[:, many], value[many], chosen)
+        low[many], high[many] = _intervals(means[:, many], present[:, many], value[many], chosen, end_ratio)
     known = np.isfinite(low)
     return [
         Estimate(float(v), float(a), float(b)) if k else Estimate(float(v))
@@ -63,7 +76,13 @@ def estimates(means: Array, limits: Sequence[tuple[float, float]]) -> list[Estim
     ]
 
 
-def _intervals(means: Array, present: NDArray[np.bool_], value: Array, limits: Sequence[tuple[float, float]]) -> Array:
+def _intervals(
+    means: Array,
+    present: NDArray[np.bool_],
+    value: Array,
+    limits: Sequence[tuple[float, float]],
+    end_ratio: float | None,
+) -> Array:
     """[2, M], NaN where nothing can be said."""
     weights = resample_weights(len(means))
     total = weights @ present.astype(np.float32)  # [R, M]
@@ -71,9 +90,9 @@ def _intervals(means: Array, present: NDArray[np.bool_], value: Array, limits: S
     shift = weights @ np.where(present, means - value, 0.0).astype(np.float32)
     count, variance = present.sum(axis=0), np.nanvar(means, axis=0, ddof=1)
     for m, (low, high) in enumerate(limits):
-        ends = end_weights(variance[m], value[m], low, high)  # [2, R]
-        total[:, m] += ends.sum(axis=0)
         if math.isfinite(high - low):
+            ends = end_weights(spread_ratio(variance[m], value[m], low, high) if end_ratio is None else end_ratio)
+            total[:, m] += ends.sum(axis=0)
             shift[:, m] += ends[0] * (low - value[m]) + ends[1] * (high - value[m])
         elif variance[m] == 0:
             shift[:, m] = np.nan
@@ -92,12 +111,14 @@ def resample_weights(problems: int) -> NDArray[np.float32]:
     return rng.standard_exponential((RESAMPLES, problems), dtype=np.float32)
 
 
-def end_weights(variance: float, value: float, low: float, high: float) -> Array:
-    """[2, R] weights of the observations at both bounds; 0 where a metric has none."""
-    if not math.isfinite(high - low):
-        return np.zeros((2, RESAMPLES))
+def spread_ratio(variance: float, value: float, low: float, high: float) -> float:
+    """The standard deviation over the largest that values with these bounds and this mean could have; 1 for none."""
     largest = (value - low) * (high - value)
-    ratio = math.sqrt(min(1.0, variance / largest)) if variance > 0 and largest > 0 else 1.0
+    return math.sqrt(min(1.0, variance / largest)) if variance > 0 and largest > 0 else 1.0
+
+
+def end_weights(ratio: float) -> Array:
+    """[2, R] weights of the observations at both bounds."""
     # A generator of its own, so that a metric's interval does not depend on which others it is computed with. Each pair
     # serves both ways round, so that neither bound is favoured.
     pairs = np.random.default_rng(SEED + 1).gamma(ratio / 2, size=(2, RESAMPLES // 2))
