@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import torch.utils.checkpoint
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PreTrainedConfig
+from transformers.training_args import trainer_log_levels
 from trl import GRPOConfig
 
 from bridge_rl import safety
@@ -68,6 +69,7 @@ LEAST = {
     "generation_batch_size": 1,
     "num_iterations": 1,
     "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
 }
 # Values that TRL reads in the first step only, long after the warm-up.
 CHOICES = {
@@ -75,6 +77,8 @@ CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "scale_rewards": ("group", "batch", "none", True, False),
+    "log_level": tuple(trainer_log_levels),
+    "log_level_replica": tuple(trainer_log_levels),
 }
 INT8_KL = 0.05  # nats a token, above what int8 was measured to have
 _DROPOUT = ("attention_dropout", "resid_pdrop")  # what the layers of the served families apply in training
@@ -96,6 +100,8 @@ def check_types(recipe: Recipe) -> None:
             raise UserError(f"training.{key} is {value!r}: it must be {wanted}.") from error
         if key in LEAST and value is not None and value < LEAST[key]:
             raise UserError(f"training.{key} is {value}: it must be at least {LEAST[key]}.")
+        if key == "top_entropy_quantile" and not 0 <= value <= 1:
+            raise UserError(f"training.{key} is {value}: it is a share of the tokens, from 0 to 1.")
 
 
 @cache
@@ -116,11 +122,18 @@ def find_conflicts(recipe: Recipe, config: PreTrainedConfig, batches: "Batches",
     yield from evaluation_conflicts(recipe)
     yield from metric_conflicts(recipe)
     yield from part_conflicts(recipe.training, config, recipe.update)
+    yield from router_conflicts(recipe, config)
     yield from checkpoint_conflicts(recipe)
     yield from output_conflicts(recipe)
     yield from mode_conflicts(recipe, tied)
     yield from quantization_conflicts(recipe)
     yield from position_conflicts(recipe, config)
+
+
+def router_conflicts(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
+    coefficient = recipe.training.get("router_aux_loss_coef")
+    if coefficient and not hasattr(config.get_text_config(), "output_router_logits"):
+        yield f"training.router_aux_loss_coef is {coefficient}, but {config.model_type} has no experts: leave it out."
 
 
 def unknown_options(recipe: Recipe) -> Iterator[str]:

@@ -5,9 +5,10 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import update_wrapper, wraps
 from importlib.resources import files
 from numbers import Real
@@ -21,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -99,8 +101,16 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             key: "none" if value is None else json.dumps(value) for key, value in section.chat_template_kwargs.items()
         }
         settings = "".join(f"{{%- set {key} = {value} -%}}" for key, value in values.items())
-        tokenizer.chat_template = settings + tokenizer.chat_template
+        tokenizer.chat_template = settings + _without_settings(tokenizer.chat_template, values)
     return tokenizer
+
+
+def _without_settings(template: str, names: Iterable[str]) -> str:
+    """The template without what it sets `names` to at its very beginning, as one that was saved here does."""
+    one = r"\{%- set \w+ = .*? -%\}"
+    leading = re.match(f"(?:{one})*", template)[0]  # type: ignore[index]
+    kept = [text for text in re.findall(one, leading) if text.split()[2] not in names]
+    return "".join(kept) + template[len(leading) :]
 
 
 def model_config(section: ModelSection) -> Any:
@@ -185,6 +195,24 @@ def _cannot_load(section: ModelSection, path: str, error: Exception) -> UserErro
     return UserError(f"model.path: {name} cannot be loaded ({first_line(error)}): {cure}")
 
 
+def make_savable(config: GenerationConfig, section: ModelSection) -> None:
+    """Let the base's own choices for sampling be saved with what is trained of it.
+
+    Some set a temperature without `do_sample`: that loads, and transformers refuses to save it.
+    """
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise UserError(
+                f"model.path: the generation_config.json of {section.path} could not be saved with the trained model "
+                f"({first_line(error)}): mend it in a copy of the model."
+            ) from error
+
+
 def load_policy(recipe: Recipe) -> PreTrainedModel:
     """The model that a recipe trains: with its Bridge attached (zero-started from the recipe's seed) or loaded.
 
@@ -197,6 +225,8 @@ def load_policy(recipe: Recipe) -> PreTrainedModel:
             "has little to shard."
         )
     model = load_model(recipe.model)
+    if recipe.train == "full":
+        make_savable(model.generation_config, recipe.model)
     if hasattr(model, "peft_config"):
         raise UserError(adapter_conflict(recipe.model))
     if has_bridge(model) and recipe.bridge is None:

@@ -160,9 +160,14 @@ def adapted_modules(model: torch.nn.Module, recipe: Recipe) -> list[torch.nn.Mod
             own = {path: m for path, m in model.named_modules() if check_target_module_exists(config, path)}
         except re.error as error:
             raise UserError(f"lora.target_modules is {name!r}, and no regular expression: {error}.") from error
-        if not own or not all(isinstance(m, torch.nn.Linear | torch.nn.Embedding) for m in own.values()):
-            known = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            what = f"has no module '{name}'" if not own else f"has '{name}', which is no linear module"
+        head = model.get_output_embeddings()
+        if not own or not all(isinstance(m, torch.nn.Linear) and m is not head for m in own.values()):
+            known = {
+                path.rpartition(".")[2]
+                for path, m in model.named_modules()
+                if isinstance(m, torch.nn.Linear) and m is not head
+            }
+            what = f"has no module '{name}'" if not own else f"has '{name}', on which no LoRA is put"
             raise UserError(
                 f"lora.target_modules: {recipe.model.path} {what}: its linear ones are {', '.join(sorted(known))}."
             )

@@ -40,6 +40,12 @@ def together() -> Iterator[None]:
         raise RankFailed(found[0])
 
 
+def check_same_on_all(digest: str, problem: str) -> None:
+    """Raise UserError with the sentence `problem` on all ranks unless all have the same `digest`."""
+    if len(set(gather_object([digest]))) > 1:
+        raise UserError(problem)
+
+
 def check_columns(columns: dict[str, list[Any]], rows: int) -> None:
     """Raise RankFailed, on all ranks, where rewards have not logged one value for each completion on one."""
     with together():

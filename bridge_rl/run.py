@@ -24,6 +24,7 @@ from bridge_rl.data import load_problems, make_prompts, prompt_tokens
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import PATIENCE, eos_ids
+from bridge_rl.evaluation.settings import digest
 from bridge_rl.models import (
     load_final_answer,
     load_policy,
@@ -36,7 +37,7 @@ from bridge_rl.models import (
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.tracking import start_tracking
-from bridge_rl.reward_errors import agreed, together
+from bridge_rl.reward_errors import agreed, check_same_on_all, together
 from bridge_rl.rollout import RolloutOptions, SamplingParams
 from bridge_rl.rollout.request import steady_positions
 from bridge_rl.rollout.sampling import stream_seed
@@ -144,7 +145,9 @@ def train(recipe: Recipe) -> dict[str, float]:
         with stop.listening():  # a signal or the time limit saves everything and raises Stopped
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.save_model(recipe.output_dir)
-            metrics = trainer.evaluate()
+            metrics = trainer.evaluations.get(trainer.state.global_step)
+            if metrics is None:
+                metrics = trainer.evaluate()
     except Stopped:
         trainer.end()
         raise
@@ -254,8 +257,15 @@ def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def load_prompts(recipe: Recipe, source: DataSource, key: str, tokenizer: Any) -> Dataset:
-    problems = load_problems(source, key, recipe.seed)
-    return make_prompts(problems, recipe.data, tokenizer)
+    """Raises UserError, on all ranks, where they are not the same: the rows of one prompt are shared out over ranks."""
+    with together():
+        prompts = make_prompts(load_problems(source, key, recipe.seed), recipe.data, tokenizer)
+    check_same_on_all(
+        digest(prompts.to_list()),
+        f"{key}: the ranks have read different problems from {source.path}: let it give the same ones in the same "
+        "order in every process (seeded draws, no order of a set).",
+    )
+    return prompts
 
 
 def check_positions_of(recipe: Recipe, tokenizer: Any, train_set: Dataset, eval_set: Dataset | None) -> None:

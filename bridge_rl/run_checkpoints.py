@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import OPTIMIZER_NAME_BIN
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -27,6 +29,7 @@ from bridge_rl.models import uses_deepspeed, uses_fsdp
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # being written, or being deleted: no good either way
 DAMAGED = ".damaged"
+SECONDS_TO_SHOW = 60.0  # in which a shared disk shows what another node has written
 
 
 def step_of(folder: Path) -> int:
@@ -111,7 +114,8 @@ def _seal(folder: Path, step: int) -> None:
     """Bring every file to the disk and write the manifest. The hashes are of what reads back."""
     state = PartialState()
     state.wait_for_everyone()  # every rank has written its files
-    [names] = broadcast_object_list([sorted(_files(folder)) if state.is_main_process else None])
+    names = sorted({name for seen in gather_object([list(_files(folder))]) for name in seen})
+    on_main(lambda: _check_seen(folder, names))
     share = names[state.process_index :: state.num_processes]
     entries = dict(gather_object([(name, _entry(folder / name)) for name in share]))
     if state.is_main_process:
@@ -122,6 +126,19 @@ def _seal(folder: Path, step: int) -> None:
             os.fsync(file.fileno())
         for directory in {folder, *((folder / name).parent for name in names)}:
             _sync(directory)
+
+
+def _check_seen(folder: Path, names: Sequence[str]) -> None:
+    """Raise UserError for what another rank has written, be it a moment later, to a disk that is not seen here."""
+    deadline = time.monotonic() + SECONDS_TO_SHOW
+    for name in names:
+        while not (folder / name).is_file():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder.parent.parent} is not one directory for all ranks: {name} of {folder.name} was written "
+                    "elsewhere: name an output_dir that every node shares, and begin the run anew."
+                )
+            time.sleep(1)
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -195,20 +212,26 @@ def checkpoint_to_resume(resume: str, output: Path) -> Path | None:
                 f"{folder} was written by {written_by} process(es) and this run has {now}: completions that wait for "
                 f"their update belong to ranks, so start {written_by}, or set another output_dir."
             )
-        before, here = _sharding_of(folder), "ZeRO" if uses_deepspeed() else "FSDP" if uses_fsdp() else "neither"
+        before, here = _sharding_of(folder), _sharding_here()
         if before != here:
             raise UserError(
-                f"{folder} was written under {before} (of ZeRO and FSDP) and this run is under {here}, which would not "
-                "find the optimizer's state: launch as before, or set another output_dir."
+                f"{folder} was written under {before} and this run is under {here}, which would not find the "
+                "optimizer's state: launch as before, or set another output_dir."
             )
     return folder
 
 
 def _sharding_of(folder: Path) -> str:
-    """By the file that the optimizer's state is in."""
+    """By the files that the optimizer's state and the weights are in."""
     if (folder / SHARDS_OF_ZERO).is_file():
-        return "ZeRO"
-    return "FSDP" if (folder / OPTIMIZER_NAME_BIN).is_file() else "neither"
+        return "ZeRO-3" if any(folder.glob("*/zero_pp_rank_*_model_states.pt")) else "ZeRO-1 or 2"
+    return "FSDP" if (folder / OPTIMIZER_NAME_BIN).is_file() else "neither ZeRO nor FSDP"
+
+
+def _sharding_here() -> str:
+    if uses_deepspeed():
+        return "ZeRO-3" if is_deepspeed_zero3_enabled() else "ZeRO-1 or 2"
+    return "FSDP" if uses_fsdp() else "neither ZeRO nor FSDP"
 
 
 def _explicit(folder: Path, output: Path, found: list[Path]) -> Path:
@@ -258,14 +281,22 @@ def _set_aside(folder: Path, problem: str) -> None:
 
 
 def problem_of(folder: Path) -> str | None:
-    """The first thing that is not as it was written, such as `PATH is damaged (why)`; None if all is."""
-    state = PartialState()
+    """The first thing that is not as it was written, such as `PATH is damaged (why)`; None if all is.
+
+    Raises UserError where some ranks can read the manifest and others cannot: that is no damage.
+    """
+    state, unread = PartialState(), 0
     try:
         files = _read(folder)["files"]
         names = sorted(files)[state.process_index :: state.num_processes]
         mine = [found for name in names if (found := _difference(folder / name, files[name])) is not None]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        mine = [f"{folder / MANIFEST} is damaged or missing ({type(error).__name__})"]
+        mine, unread = [f"{folder / MANIFEST} is damaged or missing ({type(error).__name__})"], 1
+    if 0 < sum(gather_object([unread])) < state.num_processes:
+        raise UserError(
+            f"{folder / MANIFEST} can be read by some ranks and not by others: name an output_dir that every node "
+            "shares, or mend the disk; nothing was set aside."
+        )
     problems = sorted(gather_object(mine))
     return problems[0] if problems else None
 

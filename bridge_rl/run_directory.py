@@ -14,11 +14,35 @@ PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt"
 DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens", "rollout.temperature")
 # A checkpoint's optimizer has its own: another value in the recipe would be passed over.
 OF_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+OF_LOSS = (
+    "loss_type",
+    "beta",
+    "num_iterations",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "multi_objective_aggregation",
+    "scale_rewards",
+    "top_entropy_quantile",
+    "off_policy_mask_threshold",
+    "use_bias_correction_kl",
+    "use_adaptive_entropy",
+    "router_aux_loss_coef",
+    "disable_dropout",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    *(f"sapo_temperature_{sign}" for sign in ("neg", "pos")),
+    *(f"vespo_{name}_{sign}" for name in ("k", "lambda") for sign in ("neg", "pos")),
+    *(f"entropy_{name}" for name in ("coef", "coef_min", "coef_max", "coef_delta", "target")),
+)
 OF_ROLLOUT = ("width", "num_generations", "max_new_tokens", "temperature", "mask_truncated", "dynamic_sampling")
 DECIDES_RUN = (
     *PROBLEMS,
     "train",
-    *(f"training.{key}" for key in OF_OPTIMIZER),
+    *(f"training.{key}" for key in (*OF_OPTIMIZER, *OF_LOSS)),
     *(f"rollout.{key}" for key in OF_ROLLOUT),
 )  # not memory, which changes no token
 

@@ -42,7 +42,8 @@ def make_evaluator(
         state, step, section = PartialState(), trainer.state.global_step, recipe.evaluation
         directory = evaluation_directory(recipe, step)
         # Samples that are there may be of other weights, problems or temperature, or judged otherwise.
-        kept = trainer.resumed_here and is_text(directory / SETTINGS_FILE, settings)
+        # The main rank looks, before anybody deletes.
+        [kept] = broadcast_object_list([trainer.resumed_here and is_text(directory / SETTINGS_FILE, settings)])
         if state.is_local_main_process and not kept:
             shutil.rmtree(directory, ignore_errors=True)
         state.wait_for_everyone()

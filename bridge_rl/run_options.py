@@ -112,6 +112,10 @@ def warmup_arguments(recipe: Recipe) -> TrainingArguments:
 
 def check_optimizer(args: GRPOConfig) -> None:
     """Raise UserError, before anything is computed, for an optimizer or a schedule that could not be made later."""
+    if args.optim_args and any(part.count("=") != 1 for part in args.optim_args.split(",")):
+        raise UserError(
+            f"training.optim_args is {args.optim_args!r}: write key=value, several with commas between them."
+        )
     try:
         cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
@@ -123,7 +127,10 @@ def check_optimizer(args: GRPOConfig) -> None:
             cls([torch.nn.Parameter(torch.zeros(1))], **options)
         except ValueError as error:
             raise UserError(f"training.learning_rate or training.adam_*: {error}.") from error
-    schedule, optimizer = args.lr_scheduler_type, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    schedule, optimizer = (
+        args.lr_scheduler_type,
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], args.learning_rate),
+    )
     try:
         get_scheduler(schedule, optimizer, 0, 10, args.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:

@@ -146,6 +146,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
             raise UserError(conflict)
         self._own_attention = model.config.get_text_config()._attn_implementation
         self.evaluator = evaluator
+        self.evaluations: dict[int, dict[str, float]] = {}  # those of this process, by their step
         self._staging: Path | None = None  # where a checkpoint is being written
         self._sampled: dict[str, Tensor] | None = None
         self._sampled_at: int | None = None  # the optimizer step before which the present batch was sampled
@@ -392,6 +393,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         finally:
             self.model.train(training)
         self._resume.evaluation_due = False
+        self.evaluations[self.state.global_step] = metrics
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -195,9 +195,11 @@ def test_a_lora_on_a_module_that_is_not_there_is_refused():
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        ("[self_attn]", "has 'self_attn', which is no linear module: .*q_proj"),
-        ("'.*attn.*'", r"has '\.\*attn\.\*', which is no linear module"),
-        ("[norm]", "has 'norm', which is no linear module"),
+        ("[self_attn]", "has 'self_attn', on which no LoRA is put: .*q_proj"),
+        ("'.*attn.*'", r"has '\.\*attn\.\*', on which no LoRA is put"),
+        ("[norm]", "has 'norm', on which no LoRA is put"),
+        ("[q_proj, embed_tokens]", "has 'embed_tokens', on which no LoRA is put"),
+        ("[q_proj, lm_head]", "has 'lm_head', on which no LoRA is put"),
         ("'('", "no regular expression: missing"),
         ("''", "is empty"),
         ("[]", "is empty"),

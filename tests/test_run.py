@@ -18,6 +18,7 @@ import torch
 import wandb
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 import bridge_rl as br
 from bridge_rl import run
@@ -130,6 +131,11 @@ def test_another_recipe_does_not_take_up_the_warmup(finished, capsys):
         ([], ["training.learning_rate=1e-6"], "training.learning_rate"),
         ([], ["training.weight_decay=0.5"], "training.weight_decay"),
         ([], ["training.adam_beta2=0.95"], "training.adam_beta2"),
+        ([], ["training.loss_type=dr_grpo"], "training.loss_type"),
+        ([], ["training.scale_rewards=false"], "training.scale_rewards"),
+        ([], ["training.epsilon_high=0.28"], "training.epsilon_high"),
+        ([], ["training.lr_scheduler_type=cosine"], "training.lr_scheduler_type"),
+        ([], ["training.max_steps=4000", "training.save_steps=7", "training.logging_steps=3"], None),
         (["train=lora"], ["train=lora", "lora.alpha=8"], "lora"),
         ([], ["lora.alpha=8"], None),  # which is not trained
         ([], ["rollout.max_rows=64", "rollout.max_cache_tokens=9000"], None),  # which is what memory asks for
@@ -195,10 +201,13 @@ def test_a_recipe_without_a_warm_up_has_nothing_to_warm_up(tmp_path, capsys):
         ("training={lr_scheduler_type: cosine, lr_scheduler_kwargs: {num_cycle: 1}}", "unexpected keyword argument"),
         ("training.optim=galore_adamw", "training.optim is galore_adamw: You need to install"),
         ("training.optim=foo", "training: foo is not a valid OptimizerNames"),
+        ("training.optim_args=foo", "training.optim_args is 'foo': write key=value"),
+        ("training.lr_scheduler_type=polynomial", r"lr_end \(1e-07\) must be smaller than initial lr \(1e-08\)"),
     ],
 )
 def test_an_optimizer_or_schedule_that_cannot_be_made_is_refused_before_the_warm_up(override, expected, tmp_path):
-    recipe = load_recipe("recipes/tiny_arith.yaml", [f"output_dir={tmp_path / 'out'}", override])
+    overrides = [f"output_dir={tmp_path / 'out'}", "training.learning_rate=1e-8", override]
+    recipe = load_recipe("recipes/tiny_arith.yaml", overrides)
     with pytest.raises(UserError, match=expected):
         run.train(recipe)
     assert not (tmp_path / "out").exists()
@@ -217,6 +226,9 @@ def test_variables_of_the_chat_template_go_with_the_tokenizer(tmp_path):
     chat = [{"role": "user", "content": "1"}]
     for one in (loaded, load_tokenizer(ModelSection(str(tmp_path / "trained")))):
         assert one.apply_chat_template(chat, tokenize=False) == "1=[None, [1, '2']]"
+    again = {"think": True, "digits": []}
+    other = load_tokenizer(ModelSection(str(tmp_path / "trained"), chat_template_kwargs=again))
+    assert other.apply_chat_template(chat, tokenize=False) == "1[None, []]"
     (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="base has no chat template"):
         load_tokenizer(ModelSection(str(tmp_path / "base"), chat_template_kwargs=options))
@@ -475,6 +487,29 @@ def test_a_reward_that_fails_in_an_evaluation_saves_the_run_which_goes_on_with_i
         summaries = [read_results(run / "evaluation" / step / "results.json").summaries for run in (whole, failed)]
         assert summaries[0] == summaries[1]
     assert (failed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_an_evaluation_of_the_last_step_is_not_done_again(tmp_path):
+    options = [option for option in SMALL if not option.startswith("warmup.")]
+    options += ["warmup=null", "evaluation.every=1", f"output_dir={tmp_path}"]
+    recipe = load_recipe("recipes/tiny_arith.yaml", options)
+    metrics = run.train(recipe)
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    name = names.evaluation("pass@1", 4)
+    found = {entry["step"]: entry[name] for entry in history if name in entry}
+    assert len(found) == sum(name in entry for entry in history) == recipe.training["max_steps"]
+    assert metrics[name] == found[recipe.training["max_steps"]]
+
+
+def test_a_base_whose_choices_for_sampling_are_at_odds_can_be_trained_in_full(tmp_path):
+    """transformers loads a temperature without `do_sample`, and refuses to save it once the model has changed."""
+    base = Path(shutil.copytree("bridge_rl/tiny/model", tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
+    options = [option for option in SMALL if not option.startswith("warmup.")]
+    options += ["warmup=null", "data.eval=null", "train=full", f"model.path={base}", f"output_dir={tmp_path / 'out'}"]
+    run.train(load_recipe("recipes/tiny_arith.yaml", options))
+    saved = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9)
 
 
 def test_a_run_that_goes_on_with_another_evaluation_keeps_no_samples_of_the_old_one(tmp_path):

@@ -207,10 +207,10 @@ def test_a_path_is_where_a_run_goes_on_unless_there_is_more_to_lose(tmp_path):
 @pytest.mark.parametrize(
     ("file", "before", "variable", "now"),
     [
-        ("latest", "ZeRO", "", "neither"),
-        ("optimizer.bin", "FSDP", "", "neither"),
-        ("optimizer.pt", "neither", "ACCELERATE_USE_DEEPSPEED", "ZeRO"),
-        ("latest", "ZeRO", "ACCELERATE_USE_FSDP", "FSDP"),
+        ("latest", "ZeRO-1 or 2", "", "neither ZeRO nor FSDP"),
+        ("optimizer.bin", "FSDP", "", "neither ZeRO nor FSDP"),
+        ("optimizer.pt", "neither ZeRO nor FSDP", "ACCELERATE_USE_DEEPSPEED", "ZeRO-1 or 2"),
+        ("latest", "ZeRO-1 or 2", "ACCELERATE_USE_FSDP", "FSDP"),
     ],
 )
 def test_another_sharding_is_refused(file, before, variable, now, tmp_path, monkeypatch):
@@ -218,10 +218,24 @@ def test_another_sharding_is_refused(file, before, variable, now, tmp_path, monk
     folder = write(tmp_path, 1, file)
     if variable:
         monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=rf"was written under {before} \(.*\) and this run is under {now}"):
+    with pytest.raises(UserError, match=rf"was written under {before} and this run is under {now}"):
         checkpoint_to_resume("auto", tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(before == "ZeRO").lower())
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", str(before == "ZeRO-1 or 2").lower())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(before == "FSDP").lower())
+    assert checkpoint_to_resume("auto", tmp_path) == folder
+
+
+@pytest.mark.parametrize("before", [2, 3])
+def test_another_stage_of_zero_is_refused(before, tmp_path, monkeypatch):
+    """DeepSpeed would fail with an assertion, once the model is loaded."""
+    folder = write(tmp_path, 1, "latest")
+    if before == 3:
+        (folder / "global_step" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(run_checkpoints, "is_deepspeed_zero3_enabled", lambda: before == 2)
+    with pytest.raises(UserError, match=r"was written under ZeRO-.* and this run is under ZeRO-"):
+        checkpoint_to_resume("auto", tmp_path)
+    monkeypatch.setattr(run_checkpoints, "is_deepspeed_zero3_enabled", lambda: before == 3)
     assert checkpoint_to_resume("auto", tmp_path) == folder
 
 

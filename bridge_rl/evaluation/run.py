@@ -25,6 +25,7 @@ from bridge_rl.evaluation.results import Condition
 from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
 from bridge_rl.reward_errors import together
 from bridge_rl.rollout import Group, Rollout, RolloutOptions, SamplingParams
+from bridge_rl.rollout.ranks import is_sharded
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.surgery import disable_bridge, find_state, has_bridge
 
@@ -138,15 +139,17 @@ class ModelSampler:
             places = iter(range(len(pairs)))
             exchange = [[next(places) for _ in unit.pairs] for unit in sweep.units]
         with disable_bridge(self.model) if sweep.condition == "disabled" else nullcontext():
-            rollout = Rollout(
-                self.model,
-                prompts,
-                sweep.width,
-                self.params,
-                indices=[group_index(*pair) for pair in pairs],
-                options=RolloutOptions(max_rows=self.max_rows, cancelled=self.cancelled),
-                exchange=exchange,
-            )
+            # What one rank cannot sample must not leave the others waiting for its shards.
+            with together() if is_sharded(self.model) else nullcontext():
+                rollout = Rollout(
+                    self.model,
+                    prompts,
+                    sweep.width,
+                    self.params,
+                    indices=[group_index(*pair) for pair in pairs],
+                    options=RolloutOptions(max_rows=self.max_rows, cancelled=self.cancelled),
+                    exchange=exchange,
+                )
             with closing(rollout.passes()) as passes:
                 ended = (
                     [

@@ -152,10 +152,17 @@ class VerifierPool:
             self._workers.discard(worker)
 
 
+def _own_cores() -> int:
+    """Of this process: those that it is bound to, or its share of the machine's, in which each rank has a pool."""
+    cores = os.cpu_count() or 1
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores  # not on macOS
+    return bound if bound < cores else cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _default_size() -> int:
     asked = os.environ.get("BRIDGE_RL_VERIFIER_WORKERS")
     if asked is None:
-        return min(os.cpu_count() or 1, MAX_WORKERS)
+        return max(1, min(_own_cores(), MAX_WORKERS))
     if not asked.isdecimal() or int(asked) < 1:
         raise UserError(f"BRIDGE_RL_VERIFIER_WORKERS is {asked!r}: give a number of workers, at least 1.")
     return int(asked)

@@ -146,7 +146,8 @@ def run_slurm(tmp_path, ends: dict[str, int]) -> subprocess.CompletedProcess:
     exits = "".join(f"[ $1 = launch/{script}.py ] && exit {code}\n" for script, code in ends.items())
     stubs = {
         "scontrol": "if [ $1 = show ]; then printf 'node7\\nnode8\\n'; else echo \"$@\"; fi",
-        "srun": 'for n in 0 1 2 3; do SLURM_PROCID=$n SLURM_LOCALID=$((n % 2)) "${@:2}" || exit $?; done',
+        "srun": 'echo "$@" >> srun.log; while [[ $1 = --* ]]; do shift; done\n'
+        'for n in 0 1 2 3; do SLURM_PROCID=$n SLURM_LOCALID=$((n % 2)) "$@" || exit $?; done',
         "python": f'echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR "$@"\n{exits}exit 0',
     }
     bin_directory = tmp_path / ".venv/bin"
@@ -156,6 +157,7 @@ def run_slurm(tmp_path, ends: dict[str, int]) -> subprocess.CompletedProcess:
         (bin_directory / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (bin_directory / name).chmod(0o755)
     slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "1"}
+    slurm["SLURM_CPUS_PER_TASK"] = "8"  # of sbatch, which srun does not take over by itself
     command = ["bash", str(ROOT / "launch/slurm.sh"), "recipe.yaml", "launch.num_processes=4"]
     return subprocess.run(command, cwd=tmp_path, env=os.environ | slurm, capture_output=True, text=True, timeout=60)
 
@@ -168,6 +170,7 @@ def test_slurm_starts_the_ranks_of_all_nodes(tmp_path):
         for script in ("warmup", "train")
         for rank in range(4)
     ]
+    assert all("--cpus-per-task=8 " in call for call in (tmp_path / "srun.log").read_text().splitlines())
 
 
 @pytest.mark.parametrize("script", ["warmup", "train"])

@@ -178,6 +178,68 @@ def test_the_recipe_alone_can_turn_zero_on(warmed, one_rank, tmp_path):
     assert_same_steps(facts, one_rank[0])
 
 
+UNSEEDED = """
+import random
+
+def rows(size):
+    rows = [{"problem": f"{n},2,3,4,5,6:{n + 2}", "answer": str(n)} for n in range(10, 10 + size)]
+    random.shuffle(rows)
+    return rows
+"""
+
+
+def test_ranks_that_read_different_problems_are_refused(tmp_path, monkeypatch):
+    """The rows of one prompt are shared out over ranks: those of two problems would be compared with each other."""
+    (tmp_path / "unseeded.py").write_text(UNSEEDED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    data = "data.train={path: 'unseeded:rows', kwargs: {size: 40}, check_answers: false}"
+    options = (*SMALL, data, f"output_dir={tmp_path / 'run'}")
+    done = launch("launch/train.py", "recipes/tiny_arith.yaml", *options, config=TORCHRUN)
+    assert done.returncode != 0
+    assert done.stderr.count("error: data.train: the ranks have read different problems from unseeded:rows") == 2
+    assert not (tmp_path / "run" / "warmup").exists()
+
+
+ON_DISKS_OF_THEIR_OWN = """
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+
+from bridge_rl import run_checkpoints
+from bridge_rl.cli import run_command
+
+rank = PartialState(cpu=True).process_index
+os.mkdir(f"node{rank}")
+os.chdir(f"node{rank}")
+run_checkpoints.SECONDS_TO_SHOW = 1.0
+
+def save():
+    with run_checkpoints.writing(Path("run"), 1, 100, None) as staging:
+        folder = staging / "checkpoint-1"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rollout_state_{rank}.pt").touch()
+
+run_command(save)
+"""
+
+
+def test_a_checkpoint_of_which_a_part_is_on_another_disk_is_no_checkpoint(tmp_path):
+    (tmp_path / "save.py").write_text(ON_DISKS_OF_THEIR_OWN)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "save.py"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode != 0
+    assert "error: run is not one directory for all ranks: rollout_state_1.pt of checkpoint-1" in done.stderr
+    assert not list(tmp_path.glob("node*/run/checkpoint-1"))
+
+
 def test_a_warmup_under_zero_is_refused_with_the_command_to_run_first(tmp_path):
     done = launch("launch/train.py", "recipes/tiny_arith.yaml", *SMALL, f"output_dir={tmp_path}", config="cpu_zero2")
     assert done.returncode != 0

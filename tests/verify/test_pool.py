@@ -179,6 +179,18 @@ def test_the_number_of_workers_comes_from_the_environment(monkeypatch):
         VerifierPool()
 
 
+@pytest.mark.parametrize(
+    ("cores", "bound", "ranks", "workers"),
+    [(16, 16, 1, 8), (16, 16, 8, 2), (4, 4, 8, 1), (64, 8, 8, 8), (64, 4, 8, 4), (2, 1, 1, 1)],
+)
+def test_ranks_share_the_cores_of_a_machine_unless_each_has_its_own(cores, bound, ranks, workers, monkeypatch):
+    monkeypatch.delenv("BRIDGE_RL_VERIFIER_WORKERS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(bound)), raising=False)
+    assert VerifierPool().size == workers
+
+
 def test_a_large_parent_does_not_make_its_workers_leave():
     """A child's ru_maxrss starts at its parent's: with it, a trainer of many GiB would restart a worker every item."""
     ballast = bytearray(300 * 2**20)  # the parent is above half of the workers' limit
