@@ -26,14 +26,15 @@ def part_conflicts(training: Mapping[str, Any], config: PreTrainedConfig, option
     """Options whose loss is not a sum over groups, and so cannot be computed in parts. `config`: the model's."""
     if options.token_budget is None:
         return
-    text, of_router = config.get_text_config(), training.get("router_aux_loss_coef")
+    text, of_router, router = config.get_text_config(), training.get("router_aux_loss_coef"), "router_aux_loss_coef"
     if of_router is None:
         of_router = getattr(text, "router_aux_loss_coef", 0.0)  # as TRL does
+        router += " (of the model's config; 0 turns it off)"
     whole = {
         "entropy_coef": training.get("entropy_coef", 0.0) != 0.0,
         "use_adaptive_entropy": training.get("use_adaptive_entropy", False),
         "top_entropy_quantile": training.get("top_entropy_quantile", 1.0) < 1.0,
-        "router_aux_loss_coef": hasattr(text, "output_router_logits") and of_router != 0.0,
+        router: hasattr(text, "output_router_logits") and of_router != 0.0,
     }
     for key, is_on in whole.items():
         if is_on:
