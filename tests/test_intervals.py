@@ -120,10 +120,10 @@ def test_intervals_of_differences_that_are_mostly_none_hold_the_truth_as_often(p
     differences = np.where(draws < better, 1.0, np.where(draws > 1 - worse, -1.0, 0.0))
     found = paired_estimates(differences, [2.0] * simulations)
     coverage = np.mean([e.low <= better - worse <= e.high for e in found])
-    assert 0.93 <= coverage <= 0.985
+    assert 0.93 <= coverage <= 0.99
 
 
-@pytest.mark.parametrize(("changed", "problems"), [(1, 300), (3, 100), (4, 200)])
+@pytest.mark.parametrize(("changed", "problems"), [(1, 300), (2, 30), (3, 100)])
 def test_a_few_changes_for_the_better_are_no_sure_gain(changed, problems):
     differences = np.array([1.0] * changed + [0.0] * (problems - changed))
     assert sign_flip_p(differences) > 0.05
