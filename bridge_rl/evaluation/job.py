@@ -32,6 +32,7 @@ from bridge_rl.evaluation.settings import (
     claim,
     default_limit,
     digest,
+    digest_of_config,
     digest_of_reward,
     first,
     lengths_below,
@@ -197,6 +198,8 @@ def make_job(
     judge = Judge.of(reward)
     settings = {
         "weights": weights,
+        "config": digest_of_config(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "suite": suite.name,
         "problems": digest(rows),
         "prompt_ids": digest(prompt_tokens(tokenizer, [row["prompt"] for row in rows])),
@@ -255,7 +258,7 @@ def earlier_probes(directory: Path, settings: dict[str, Any]) -> Probes | None:
         earlier = read_results(path)
     except UserError:  # of another version, or damaged: these results take its place
         return None
-    same = all(earlier.meta.get(key) == value for key, value in settings.items())
+    same = all(earlier.meta.get(key, value) == value for key, value in settings.items())
     return earlier.probes if same else None
 
 

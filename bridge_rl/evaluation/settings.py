@@ -12,6 +12,7 @@ from pathlib import Path
 from sysconfig import get_paths
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bridge_rl import verify
@@ -24,9 +25,16 @@ from bridge_rl.verify.answer import completion_text
 
 # What decides the samples of a directory: with other settings they would be others.
 SETTINGS_FILE = "evaluation.json"
+# Of a model's configuration: where it was loaded from and by what, its dtype, which is a setting of its own, and what
+# only says how a forward returns.
+DECIDES_NO_SAMPLE = {
+    *("_name_or_path", "transformers_version", "architectures", "dtype"),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+}
 # Settings of which only a digest is kept, and what a user has changed when it differs.
 DIGESTS = {
     "weights": "other weights",
+    "config": "another configuration of the model or its Bridge",
     "problems": "other problems or prompts",
     "prompt_ids": "another chat template or tokenizer",
     "judging": "another version of the reward's file, of what it imports or of the verifier",
@@ -68,6 +76,11 @@ def lengths_below(limit: int, trained: int | None) -> list[int]:
 def first(*values: Any) -> Any:
     """The first that is not None."""
     return next(value for value in values if value is not None)
+
+
+def digest_of_config(config: PreTrainedConfig) -> str:
+    """Of what decides samples beside the weights, such as rope's base; of a Bridge, what it was made with."""
+    return digest({key: value for key, value in config.to_dict().items() if key not in DECIDES_NO_SAMPLE})
 
 
 def digest_of_reward(reward: RewardSection) -> str:
@@ -153,20 +166,22 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def claim(directory: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a new directory; raise UserError if it holds samples of others."""
+    """Write the settings into a new directory; raise UserError if it holds samples of others.
+
+    Samples of an earlier version, which wrote down fewer settings, are taken for ones of these, and are from then on.
+    """
     path = directory / SETTINGS_FILE
     if not any((directory / "samples").glob("rank_*.jsonl")):
         write_whole(path, json.dumps(settings, indent=2) + "\n")
         return
     before = read_settings(path)
     for key, value in settings.items():
-        if before.get(key) != value:
-            made = f"made with {key} {before.get(key)!r}, not {value!r}"
-            if key in DIGESTS:
-                made = f"made with {DIGESTS[key]}"
-            if key not in before:  # whether it was the same, nobody can say
-                made = f"of an earlier version, which did not write down their {key}"
+        if before.get(key, value) != value:
+            other = DIGESTS.get(key, f"{key} {before[key]!r}, not {value!r}")
             raise UserError(
-                f"{directory} holds samples {made} ({path}): go on with the same, give another --output, or delete the "
-                "directory."
+                f"{directory} holds samples made with {other} ({path}): go on with the same, give another --output, "
+                "or delete the directory."
             )
+    if missing := [key for key in settings if key not in before]:  # whether these were the same, nobody can say
+        print(f"{directory}: its samples do not say their {', '.join(missing)}, taken for the same", flush=True)
+        write_whole(path, json.dumps({**before, **settings}, indent=2) + "\n")

@@ -22,6 +22,8 @@ QUESTIONS = {
 META = {
     "model": "model",
     "weights": "fingerprint of the weights",
+    "config": "fingerprint of the model's configuration",
+    "dtype": "computed in",
     "suite": "suite",
     "source": "problems from",
     "source_commit": "their revision",

@@ -20,7 +20,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.job import earlier_probes
 from bridge_rl.evaluation.results import Estimate, Results, Summary, read_results
 from bridge_rl.evaluation.samples import SampleStore
-from bridge_rl.evaluation.settings import claim
+from bridge_rl.evaluation.settings import claim, digest_of_config
 from bridge_rl.files import alone_in
 from bridge_rl.models import load_model, load_tokenizer
 
@@ -106,6 +106,24 @@ def test_probes_are_kept_for_the_same_samples_only(evaluated, tmp_path):
     assert earlier_probes(evaluated[0], settings | {"weights": "of another model"}) is None
     assert earlier_probes(evaluated[0], settings | {"seed": 1}) is None
     assert earlier_probes(tmp_path, settings) is None
+
+
+def test_samples_of_a_version_that_wrote_down_less_are_gone_on_with_and_say_more_from_then_on(
+    checkpoint, evaluated, tmp_path, capsys
+):
+    output = Path(shutil.copytree(evaluated[0], tmp_path / "out"))
+    for name, of_file in (("evaluation.json", lambda content: content), ("results.json", lambda c: c["meta"])):
+        content = json.loads((output / name).read_text())
+        del of_file(content)["config"], of_file(content)["dtype"]
+        (output / name).write_text(json.dumps(content))
+    again = evaluate(checkpoint, output, "--controls", "--lengths", "8,32")
+    assert f"{output}: its samples do not say their config, dtype, taken for the same" in capsys.readouterr().out
+    assert again.summaries == evaluated[1].summaries
+    assert again.probes == evaluated[1].probes
+    settings = json.loads((output / "evaluation.json").read_text())
+    assert settings["dtype"] == "float32"
+    with pytest.raises(UserError, match="made with another configuration"):
+        claim(output, settings | {"config": "of another"})
 
 
 def test_results_of_another_model_leave_no_probes_behind(evaluated, tmp_path):
@@ -260,13 +278,29 @@ def test_other_ends_of_a_completion_do_not_go_on_with_samples(own_copy, tmp_path
     assert "holds samples made with eos_ids [2], not [2, 5]" in capsys.readouterr().err
 
 
-def test_samples_of_a_version_that_wrote_down_less_are_refused_by_what_it_lacks(tmp_path):
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "rank_0.jsonl").write_text("")
-    (tmp_path / "evaluation.json").write_text('{"seed": 0}')
-    claim(tmp_path, {"seed": 0})
-    with pytest.raises(UserError, match="of an earlier version, which did not write down their prompt_ids"):
-        claim(tmp_path, {"seed": 0, "prompt_ids": "12ab"})
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"bridge": {"num_heads": 2, "head_dim": 8, "relative": True}},
+    ],
+    ids=["rope", "bridge"],
+)
+def test_another_configuration_does_not_go_on_with_samples(checkpoint, tmp_path, capsys, change):
+    """The weights are the same, and what they say is not."""
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    evaluate(model, tmp_path / "out")
+    path = model / ("bridge_config.json" if "bridge" in change else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SystemExit):
+        evaluate(model, tmp_path / "out", "--samples", "8")
+    assert "holds samples made with another configuration of the model or its Bridge" in capsys.readouterr().err
+
+
+def test_a_model_that_is_copied_has_the_same_configuration(own_copy):
+    configs = [load_model(ModelSection(str(path))).config for path in (ROOT / "bridge_rl/tiny/model", own_copy)]
+    configs[1].transformers_version, configs[1].use_cache = "9.0", False
+    assert len({digest_of_config(config) for config in configs}) == 1
 
 
 @pytest.mark.parametrize("left", [None, "", '{"seed": '])
