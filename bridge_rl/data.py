@@ -25,16 +25,9 @@ from bridge_rl.errors import UserError, first_line
 FILE_FORMATS = (".jsonl", ".json", ".parquet")
 OTHER_FORMATS = (".csv", ".tsv", ".txt")  # which are not read, and are no names on the hub
 HUB_TIMEOUT_S = 10.0
-# What the trainer gives to rewards beside the columns of the data.
-GIVEN_TO_REWARDS = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    "group_index",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-}
+# What rewards get beside the columns of the data: from the trainer alone, and in all.
+GIVEN_BY_TRAINER = {"group_index", "trainer_state"}
+GIVEN_TO_REWARDS = GIVEN_BY_TRAINER | {"prompts", "completions", "completion_ids", "log_extra", "log_metric"}
 # Columns that TRL takes for something else: pictures for the model, or completions of its own.
 TAKEN_BY_TRL = {"prompt", "completion", "image", "images"}
 # Whatever keeps a request from being answered: httpx's error, or httpx2's, as huggingface_hub goes.

@@ -36,7 +36,7 @@ from bridge_rl.checkpoint import (
     read_config,
 )
 from bridge_rl.config import ModelSection, Recipe, RewardSection
-from bridge_rl.data import GIVEN_TO_REWARDS, import_function
+from bridge_rl.data import GIVEN_BY_TRAINER, GIVEN_TO_REWARDS, import_function
 from bridge_rl.errors import UserError, first_line
 from bridge_rl.reward_errors import failing_row
 from bridge_rl.surgery import attach_bridge, find_state, has_bridge
@@ -266,12 +266,31 @@ def trained_in_float32(model: PreTrainedModel, train: str) -> PreTrainedModel:
 
 
 def load_reward(section: RewardSection, number: int) -> Callable[..., Any]:
-    """The reward function that a recipe names, its fixed keyword arguments bound. Raises UserError if there is none."""
+    """The reward function that a recipe names, its fixed keyword arguments bound.
+
+    Raises UserError if there is none, and for a first one that can only be called in training.
+    """
     function = load_function(section.function, f"rewards.{number}.function")
+    if number == 0:
+        check_judges(function, section.function, "rewards.0.function")
     for name in section.kwargs:
         if name in GIVEN_TO_REWARDS:
             raise UserError(f"rewards.{number}.kwargs.{name}: the trainer gives '{name}' itself, name it otherwise.")
     return counted(function, section)
+
+
+def check_judges(function: Callable[..., Any], named: str, key: str) -> None:
+    """Raise UserError, naming `key`, for a reward that cannot do without what the trainer alone gives."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # compiled functions may have none
+        return
+    for name in sorted(GIVEN_BY_TRAINER & parameters.keys()):
+        if parameters[name].default is inspect.Parameter.empty:
+            raise UserError(
+                f"{key}: {named} needs {name}, which neither the warm-up nor an evaluation gives the reward that they "
+                "judge by: give the parameter a default, or judge by another function."
+            )
 
 
 def load_final_answer(section: RewardSection) -> Callable[[str], str | None]:

@@ -160,6 +160,10 @@ def test_what_is_trained_follows_the_mode():
         ("training.adam_beta2=2", "Invalid beta parameter"),
         ("training.save_strategy=best", "training.save_strategy is best without training.metric_for_best_model"),
         ("rewards=[{function: rewards/two_tries.py:correct}, {function: rewards/set_aware.py:sole_solver}]", "judge:"),
+        (
+            "rewards=[{function: rewards/set_aware.py:sole_solver, kwargs: {judge: rewards/two_tries.py:correct}}]",
+            "rewards.0.function: rewards/set_aware.py:sole_solver needs group_index, which neither the warm-up nor",
+        ),
     ],
 )
 def test_a_dry_run_finds_what_the_run_would_refuse_later(override, sentence):

@@ -11,7 +11,7 @@ from bridge_rl.models import load_final_answer, load_reward
 
 
 def load(function: str, **kwargs):
-    return load_reward(RewardSection(function=function, kwargs=kwargs), 0)
+    return load_reward(RewardSection(function=function, kwargs=kwargs), 1)
 
 
 def chat(text: str) -> list[dict[str, str]]:
@@ -151,6 +151,18 @@ def test_the_judge_of_the_sole_solver_may_be_async_and_leave_rows_out(tmp_path, 
     short = load("rewards/set_aware.py:sole_solver", judge=f"{tmp_path / 'judge.py'}:short")
     with pytest.raises(UserError, match=r"judge.py:short returned 1 values for 2 rows"):
         short(completions=["right", "right"], group_index=[0, 0])
+
+
+@pytest.mark.parametrize("name", ["group_index", "trainer_state"])
+def test_the_first_reward_may_take_but_not_require_what_the_trainer_alone_gives(tmp_path, name):
+    (tmp_path / "mine.py").write_text(
+        f"def needs(completions, *, {name}, **kwargs): ...\ndef takes(completions, {name}=None, **kwargs): ...\n"
+    )
+    needs, takes = (RewardSection(f"{tmp_path / 'mine.py'}:{function}") for function in ("needs", "takes"))
+    with pytest.raises(UserError, match=rf"^rewards\.0\.function: .*mine\.py:needs needs {name}, which neither"):
+        load_reward(needs, 0)
+    load_reward(takes, 0)
+    load_reward(needs, 1)
 
 
 def test_an_async_reward_is_awaited_in_one_loop_and_fails_as_others_do(tmp_path):

@@ -23,7 +23,7 @@ from bridge_rl.evaluation.run import PATIENCE, eos_ids
 from bridge_rl.evaluation.settings import SETTINGS_FILE, trained_with
 from bridge_rl.evaluation.suites import expand
 from bridge_rl.fingerprint import whole_fingerprint
-from bridge_rl.models import call_users, load_function, load_model, load_tokenizer
+from bridge_rl.models import call_users, check_judges, load_function, load_model, load_tokenizer
 from bridge_rl.report.tables import as_table
 from bridge_rl.rollout import SamplingParams, generate_groups
 from bridge_rl.rollout.request import length_limit
@@ -44,7 +44,7 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     methods = METHODS if args.aggregate is None else (*METHODS, load_chooser(args.aggregate))
     if args.reward is not None:
-        load_function(args.reward, "--reward")  # before the model is loaded
+        check_judges(load_function(args.reward, "--reward"), args.reward, "--reward")  # before the model is loaded
     model, tokenizer = load_for_sampling(args.model)
     weights = whole_fingerprint(model)
     trained = trained_with(args.model)

@@ -217,6 +217,7 @@ def test_the_mean_over_suites_by_hand():
         (["--widths", "0"], "each must be at least 1"),
         (["--lengths", "64"], "--lengths goes up to 64, but completions have at most 32"),
         (["--aggregate", "mean"], "--aggregate: 'mean' names no function"),
+        (["--reward", "rewards/set_aware.py:sole_solver"], "error: --reward: rewards/set_aware.py:sole_solver needs"),
         (["--reward", "rewards/answer.py:wrong"], "rewards/answer.py has no function 'wrong'"),
         (["--widths", "1,9", "--controls", "--problems", "8"], "need 9 problems at width 9, there are 8"),
         (["--max-rows", "2"], "must hold a group of the largest"),
