@@ -227,7 +227,9 @@ def make_job(
     listening = listens(model)
     if (args.controls or args.probes) and not listening and PartialState().is_main_process:
         print("--controls and --probes are left out: without a Bridge no row hears another.", flush=True)
-    say_what_shuffling_needs(section, args.controls and listening)
+    if args.controls and listening:
+        check_shuffling(section, suite, len(rows))
+        say_what_shuffling_needs(section)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -269,10 +271,20 @@ def say_uneven_samples(section: EvaluationSection) -> None:
             print(f"width {width}: {taken} samples a problem, not {section.samples}", flush=True)
 
 
-def say_what_shuffling_needs(section: EvaluationSection, controls: bool) -> None:
+def check_shuffling(section: EvaluationSection, suite: Suite, problems: int) -> None:
+    """Raise UserError where there are too few problems for a row to have siblings of others."""
+    width = max(section.widths)
+    if problems < width:
+        raise UserError(
+            f"--controls: siblings from {width - 1} other prompts need {width} problems at width {width}, {suite.name} "
+            f"has {problems}: evaluate more problems, or smaller widths."
+        )
+
+
+def say_what_shuffling_needs(section: EvaluationSection) -> None:
     """A block that exchanges siblings runs as a whole."""
     rows = max(section.widths) ** 2
-    if controls and section.max_rows is not None and rows > section.max_rows and PartialState().is_main_process:
+    if section.max_rows is not None and rows > section.max_rows and PartialState().is_main_process:
         print(
             f"--controls: shuffled siblings at width {max(section.widths)} need {rows} rows at once, and take them "
             f"(--max-rows is {section.max_rows})",

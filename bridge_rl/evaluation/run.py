@@ -89,15 +89,8 @@ def single_units(num_problems: int, per_problem: int) -> list[Unit]:
 
 
 def exchange_units(num_problems: int, per_problem: int, width: int, seed: int) -> list[Unit]:
-    """Blocks of `width` different problems, drawn anew for each group number; the last one is filled up.
-
-    Raises UserError if there are fewer problems than that.
-    """
-    if num_problems < width:
-        raise UserError(
-            f"--controls: siblings from {width - 1} other prompts need {width} problems at width {width}, there are "
-            f"{num_problems}: evaluate more problems, or smaller widths."
-        )
+    """Blocks of `width` different problems, drawn anew for each group number; the last one is filled up."""
+    assert num_problems >= width
     units = []
     for group in range(per_problem):
         order = np.random.default_rng([seed, width, group]).permutation(num_problems).tolist()

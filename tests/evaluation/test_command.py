@@ -193,6 +193,16 @@ def test_several_suites_have_a_directory_each_and_a_mean(checkpoint, tmp_path, c
     assert "mean over 3 suites" in capsys.readouterr().out
 
 
+def test_controls_that_a_later_suite_cannot_have_are_refused_before_anything_is_sampled(checkpoint, tmp_path, capsys):
+    problem = {"problem": "20,11,12,13,14,15:31", "answer": "31"}
+    (tmp_path / "short.jsonl").write_text(json.dumps(problem) + "\n")
+    options = ["--controls", "--reward", "rewards/two_tries.py:correct"]
+    with pytest.raises(SystemExit):
+        evaluate(checkpoint, tmp_path / "out", "--suite", f"tiny,{tmp_path / 'short.jsonl'}", *options)
+    assert "need 4 problems at width 4, short has 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_mean_over_suites_by_hand():
     from bridge_rl.evaluation.command import mean_over_suites
 
@@ -219,7 +229,7 @@ def test_the_mean_over_suites_by_hand():
         (["--aggregate", "mean"], "--aggregate: 'mean' names no function"),
         (["--reward", "rewards/set_aware.py:sole_solver"], "error: --reward: rewards/set_aware.py:sole_solver needs"),
         (["--reward", "rewards/answer.py:wrong"], "rewards/answer.py has no function 'wrong'"),
-        (["--widths", "1,9", "--controls", "--problems", "8"], "need 9 problems at width 9, there are 8"),
+        (["--widths", "1,9", "--controls", "--problems", "8"], "need 9 problems at width 9, tiny has 8"),
         (["--max-rows", "2"], "must hold a group of the largest"),
         (["--seed", "1"], "holds samples made with seed 0, not 1"),
         (["--problems", "4"], "holds samples made with other problems or prompts"),

@@ -106,11 +106,6 @@ def test_a_block_is_of_different_problems_and_filled_up(num_problems):
     assert exchange_units(num_problems, 2, 4, seed=1) != units
 
 
-def test_too_few_problems_to_shuffle_are_refused():
-    with pytest.raises(UserError, match="need 4 problems at width 4, there are 3"):
-        exchange_units(3, 1, 4, seed=0)
-
-
 @pytest.mark.parametrize("dies_after", [0, 1, 5, 17])
 def test_an_evaluation_that_was_cut_off_loses_and_doubles_nothing(tmp_path, dies_after):
     sweeps = plan_sweeps(SECTION, 6, listening=True, controls=True, seed=0)
