@@ -125,7 +125,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=None, help="default: the run's recipe, else 1")
     parser.add_argument("--top-p", type=float, default=None, help="default: the run's recipe, else 1")
     parser.add_argument("--reward", default=None, help="FILE:FUNCTION; default: the suite's; of a file the run's first")
-    parser.add_argument("--max-rows", type=int, default=64, help="rows sampled at once; default: 64")
+    parser.add_argument("--max-rows", type=int, default=None, help="rows sampled at once; default: 64, or a group")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     parser.add_argument(
         "--output", type=Path, default=None, help="default: MODEL/eval/SUITE; of a hub model runs/NAME/eval/SUITE"

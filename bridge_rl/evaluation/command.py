@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.cli import parse_numbers
-from bridge_rl.config import ModelSection
+from bridge_rl.config import EvaluationSection, ModelSection
 from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import Chooser, method_name
@@ -20,7 +21,7 @@ from bridge_rl.evaluation.analyse import METHODS
 from bridge_rl.evaluation.job import make_job
 from bridge_rl.evaluation.results import Estimate, Results, Summary, write_results
 from bridge_rl.evaluation.run import PATIENCE, eos_ids
-from bridge_rl.evaluation.settings import SETTINGS_FILE, trained_with
+from bridge_rl.evaluation.settings import SETTINGS_FILE, first, trained_with
 from bridge_rl.evaluation.suites import expand
 from bridge_rl.fingerprint import whole_fingerprint
 from bridge_rl.models import call_users, check_judges, load_function, load_model, load_tokenizer
@@ -28,6 +29,7 @@ from bridge_rl.report.tables import as_table
 from bridge_rl.rollout import SamplingParams, generate_groups
 from bridge_rl.rollout.request import length_limit
 
+MAX_ROWS = 64  # that `bridge-rl eval` samples at once, unless asked for another number or a wider group
 GENERATED_TOKENS = 256  # by `bridge-rl generate`, unless asked for another number
 
 
@@ -36,6 +38,9 @@ def evaluate(args: argparse.Namespace) -> None:
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)  # without `cpu` it would see one rank there
     suites = expand(args.suite)
     widths = parse_numbers("--widths", args.widths, "1,2,4,8")
+    if args.max_rows is None:
+        args.max_rows = max(MAX_ROWS, *widths)
+    check_flags(args, widths)
     lengths = None if args.lengths is None else parse_numbers("--lengths", args.lengths, "512,1024,2048")
     root = args.output or output_directory(args.model)
     if len(suites) > 1 and (root / SETTINGS_FILE).is_file():
@@ -58,6 +63,21 @@ def evaluate(args: argparse.Namespace) -> None:
         overall = Results({"model": args.model, "suites": list(results)}, mean_over_suites(results))
         write_results(overall, root / "results.json")
         print(f"\nmean over {len(suites)} suites\n{as_table(overall.summaries)}")
+
+
+def check_flags(args: argparse.Namespace, widths: list[int]) -> None:
+    """Raise UserError, before the model is loaded, for what a recipe could not have under `evaluation` either."""
+    try:
+        EvaluationSection(
+            widths=widths,
+            samples=args.samples,
+            temperature=first(args.temperature, 1.0),
+            top_p=first(args.top_p, 1.0),
+            max_rows=args.max_rows,
+        )
+    except UserError as error:  # the flags are called as the keys that it names
+        flags = re.sub(r"evaluation\.(\w+)", lambda key: "--" + key[1].replace("_", "-"), str(error))
+        raise UserError(flags) from error
 
 
 def load_chooser(named: str) -> Chooser:

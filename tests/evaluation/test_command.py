@@ -230,7 +230,10 @@ def test_the_mean_over_suites_by_hand():
         (["--reward", "rewards/set_aware.py:sole_solver"], "error: --reward: rewards/set_aware.py:sole_solver needs"),
         (["--reward", "rewards/answer.py:wrong"], "rewards/answer.py has no function 'wrong'"),
         (["--widths", "1,9", "--controls", "--problems", "8"], "need 9 problems at width 9, tiny has 8"),
-        (["--max-rows", "2"], "must hold a group of the largest"),
+        (["--max-rows", "2"], "--max-rows is 2: it must hold a group of the largest of --widths, 4"),
+        (["--samples", "0"], "--samples is 0: it must be at least 1"),
+        (["--temperature", "-1"], "--temperature is -1.0 and --top-p 1.0: the temperature must be"),
+        (["--top-p", "0"], "--temperature is 1.0 and --top-p 0.0: the temperature must be"),
         (["--seed", "1"], "holds samples made with seed 0, not 1"),
         (["--problems", "4"], "holds samples made with other problems or prompts"),
         (["--problems", "0"], "--problems is 0"),
@@ -246,6 +249,12 @@ def test_a_mistake_is_one_sentence(checkpoint, evaluated, capsys, options, compl
     error = capsys.readouterr().err
     assert error.count("error: ") == 1
     assert complaint in error
+
+
+def test_a_group_wider_than_the_default_of_rows_is_sampled_whole(checkpoint, tmp_path):
+    options = ["--widths", "65", "--samples", "65", "--problems", "1", "--max-new-tokens", "1"]
+    [summary] = evaluate(checkpoint, tmp_path, *options).summaries
+    assert (summary.width, summary.groups_per_problem) == (65, 1)
 
 
 def test_two_evaluations_do_not_work_in_one_directory(checkpoint, tmp_path, capsys):
