@@ -39,6 +39,7 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 except ModuleNotFoundError as error:
     raise UserError(f"bridge-rl serve needs {error.name}: pip install -e '.[serve]' in the clone") from error
 
@@ -64,6 +65,9 @@ class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     top_p: float = 1.0
     seed: int | None = None
     logprobs: bool | int | None = None
+    # At these values, which many clients send, they ask for nothing; at no others are they served.
+    stream: Literal[False] = False
+    stop: None = None
 
 
 class CompletionFields(Fields):
@@ -120,6 +124,7 @@ def make_app(
     app = FastAPI(title="bridge-rl")
     for mistake in (UserError, RequestValidationError):
         app.add_exception_handler(mistake, refuse)
+    app.add_exception_handler(HTTPException, say_what_is_served)
     for fault in (SamplingError, Exception):  # other than the first are raised again, and logged with a traceback
         app.add_exception_handler(fault, own_up)
     # One thread, as there is one model: its mode, and the tokenizer's settings, are shared by all requests.
@@ -165,10 +170,17 @@ def make_app(
         messages = [message.model_dump() for message in fields.messages]
         return await answer(request, fields, messages, "chatcmpl", "chat.completion", chat_choice)
 
+    card = {"id": name, "object": "model", "created": created, "owned_by": "bridge-rl"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        card = {"id": name, "object": "model", "created": created, "owned_by": "bridge-rl"}
         return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{wanted:path}")  # names are paths, or have a / in them
+    async def model_card(wanted: str) -> JSONResponse:
+        if wanted != name:
+            return error_response(404, "invalid_request_error", f"model is {wanted!r}: this server has {name!r}.")
+        return JSONResponse(card)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -228,9 +240,27 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
     sentences = [] if isinstance(error, RequestValidationError) else [str(error)]
     for fault in error.errors() if isinstance(error, RequestValidationError) else ():
         field = ".".join(map(str, fault["loc"][1:])) or "body"
-        unknown = fault["type"] == "extra_forbidden"
-        sentences.append(f"'{field}' is not served: leave it out." if unknown else f"'{field}': {fault['msg']}.")
+        if fault["type"] == "json_invalid":
+            sentences.append(f"The body is no JSON ({fault['ctx']['error']} at character {field}): send one object.")
+        elif fault["type"] == "extra_forbidden" or field in ("stream", "stop"):
+            sentences.append(f"'{field}' is not served: leave it out.")
+        else:
+            sentences.append(f"'{field}': {fault['msg']}.")
     return error_response(400, "invalid_request_error", " ".join(sentences))
+
+
+def say_what_is_served(request: Request, error: Exception) -> JSONResponse:
+    """In OpenAI's shape what the framework refuses before a route has it: a path, a method, a body that is no text."""
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}."
+    if error.status_code in (404, 405):
+        message = (
+            f"{request.method} {request.url.path} is not served: POST to /v1/completions or /v1/chat/completions, or "
+            "GET /v1/models or /health."
+        )
+    response = error_response(error.status_code, "invalid_request_error", message)
+    response.headers.update(error.headers or {})  # which methods a path has
+    return response
 
 
 def own_up(request: Request, error: Exception) -> JSONResponse:

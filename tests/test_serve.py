@@ -248,7 +248,9 @@ def test_a_fault_of_the_model_is_the_servers(app, model, monkeypatch, fault, sen
     ("change", "sentence"),
     [
         ({"stream": True}, "'stream' is not served: leave it out."),
+        ({"stream": None}, "'stream' is not served: leave it out."),
         ({"stop": ["!"]}, "'stop' is not served: leave it out."),
+        ({"stop": ""}, "'stop' is not served: leave it out."),
         ({"presence_penalty": 0.5}, "'presence_penalty' is not served: leave it out."),
         ({"\ud800": 1}, "'body': Input should be a valid string"),
         ({"n": 9}, "n is 9: it must be from 1 to 8."),
@@ -291,7 +293,48 @@ def test_what_is_not_served_is_refused_by_name(app, change, sentence):
 
 def test_a_body_that_is_not_json_is_refused(app):
     response = TestClient(app).post("/v1/completions", content="{", headers={"content-type": "application/json"})
-    assert (response.status_code, "JSON decode error" in response.json()["error"]["message"]) == (400, True)
+    assert response.status_code == 400
+    sentence = (
+        "The body is no JSON (Expecting property name enclosed in double quotes at character 1): send one object."
+    )
+    assert response.json() == {"error": {"message": sentence, "type": "invalid_request_error"}}
+
+
+def test_a_body_that_is_no_text_is_refused(app):
+    response = TestClient(app).post("/v1/completions", content=b"\xff", headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "There was an error parsing the body."
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/v1/embeddings", 404), ("GET", "/", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405)],
+)
+def test_what_has_no_route_is_refused_in_openais_shape(app, method, path, status):
+    response = TestClient(app).request(method, path)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["message"].startswith(f"{method} {path} is not served: POST to /v1/completions or")
+    assert error["type"] == "invalid_request_error"
+    assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("name", ["tiny", "org/tiny", "/models/tiny"])
+def test_the_card_of_the_model_is_found_by_its_name(model, tokenizer, name):
+    client = TestClient(make_app(model, tokenizer, name, 8, 2))
+    [card] = client.get("/v1/models").json()["data"]
+    assert card["id"] == name
+    assert client.get(f"/v1/models/{name}").json() == card
+    assert client.get(f"/v1/models/{name.replace('/', '%2F')}").json() == card
+    other = client.get("/v1/models/other")
+    assert (other.status_code, other.json()["error"]["message"]) == (
+        404,
+        f"model is 'other': this server has {name!r}.",
+    )
+
+
+def test_fields_that_ask_for_nothing_are_taken(post):
+    assert texts(post({**BODY, "stream": False, "stop": None})) == texts(post(BODY))
 
 
 def test_max_tokens_is_by_default_what_the_server_and_the_prompt_leave(post, model, tokenizer, monkeypatch):
