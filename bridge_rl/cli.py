@@ -145,7 +145,6 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--wandb", default=None, metavar="PROJECT", help="save a dashboard for this W&B project")
     parser.add_argument("--entity", default=None, help="whose W&B project; default: the key's")
-    parser.add_argument("--widths", default="1,2,4,8", help="of the evaluations in the W&B dashboard; default: 1,2,4,8")
     parser.add_argument("--dry-run", action="store_true", help="write the W&B dashboard to a file, send nothing")
 
 

@@ -34,7 +34,6 @@ RUN = [
     "evaluation.problems=2",
     "evaluation.samples=2",
 ]
-WIDTHS = (1, 2, 4, 8)  # of the recipe
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def points_at_nothing(view, logged: set[str]) -> list[str]:
 
 
 def test_no_panel_points_at_nothing(logged):
-    assert points_at_nothing(workspace("tiny", "team", WIDTHS), logged) == []
+    assert points_at_nothing(workspace("tiny", "team"), logged) == []
 
 
 @pytest.mark.parametrize(
@@ -101,25 +100,22 @@ def test_no_panel_points_at_nothing(logged):
     ids=["metric", "axis", "pattern", "table"],
 )
 def test_a_misspelt_panel_is_found(panel, missing, logged):
-    view = workspace("tiny", "team", WIDTHS)
+    view = workspace("tiny", "team")
     view.sections.append(section("broken", panel))
     assert points_at_nothing(view, logged) == [missing]
 
 
-def test_a_width_that_was_not_evaluated_is_found(logged):
-    missing = points_at_nothing(workspace("tiny", "team", (1, 16)), logged)
-    assert missing == [f"eval/{metric}/w16" for metric in names.EVALUATION]
+def test_the_widths_shown_are_those_that_were_evaluated():
+    logged = {names.in_tracker(names.evaluation(name, width)) for name in names.EVALUATION for width in (1, 16)}
+    patterns = [panel["config"].get("metricRegex") for panel in panels_of(workspace("tiny", "team"))]
+    shown = [{key for key in logged if re.search(pattern, key)} for pattern in patterns if pattern]
+    assert [keys for keys in shown if keys] == [{f"eval/{name}/w1", f"eval/{name}/w16"} for name in names.EVALUATION]
 
 
-def test_every_metric_of_ours_has_a_panel(logged):
-    shown = [panel["config"].get("metrics", []) for panel in panels_of(workspace("tiny", "team", WIDTHS))]
+def test_every_metric_of_ours_has_a_panel():
+    shown = [panel["config"].get("metrics", []) for panel in panels_of(workspace("tiny", "team"))]
     shown = {metric for metrics in shown for metric in metrics}
-    ours = {
-        *names.TRAIN,
-        *names.DYNAMIC,
-        *(names.evaluation(metric, width) for metric in names.EVALUATION for width in WIDTHS),
-    }
-    assert {names.in_tracker(name) for name in ours} <= shown
+    assert {names.in_tracker(name) for name in (*names.TRAIN, *names.DYNAMIC)} <= shown
 
 
 def test_wandb_has_what_the_history_has(run, logged):
@@ -185,7 +181,7 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
 
 def test_a_dry_run_writes_the_definition_and_says_so(tmp_path):
     path = tmp_path / "views" / "workspace.json"
-    said = save_workspace("tiny", "team", WIDTHS, dry_run=True, path=path)
+    said = save_workspace("tiny", "team", dry_run=True, path=path)
     assert said == f"The definition of the W&B view is in {path}; nothing was sent."
     content = json.loads(path.read_text())
     assert (content["project"], content["entity"]) == ("tiny", "team")
@@ -235,7 +231,7 @@ def server():
 
 def save_at(url: str) -> subprocess.CompletedProcess:
     """In a process of its own: W&B keeps the server it has first met."""
-    script = "from bridge_rl.report.workspace import save_workspace; print(save_workspace('tiny', widths=(1, 4)))"
+    script = "from bridge_rl.report.workspace import save_workspace; print(save_workspace('tiny'))"
     env = os.environ | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
     return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
 
@@ -252,7 +248,7 @@ def test_the_view_that_is_saved_is_the_one_defined(server):
         sections = spec["section"]["panelBankConfig"]["sections"]
         return [(part["name"], [panel["config"] for panel in part["panels"]]) for part in sections]
 
-    assert parts(json.loads(view["spec"])) == parts(definition(workspace("tiny", "team", (1, 4)))["spec"])
+    assert parts(json.loads(view["spec"])) == parts(definition(workspace("tiny", "team"))["spec"])
 
 
 def test_a_refusal_by_the_server_is_one_sentence(server):

@@ -12,7 +12,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bridge_rl.cli import parse_numbers
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.aggregate import by_setting, compare, problem_means, regroup
 from bridge_rl.evaluation.results import Comparison, Results, Summary, read_results
@@ -89,8 +88,7 @@ def report(args: argparse.Namespace) -> None:
     if args.wandb is not None:
         from bridge_rl.report.workspace import save_workspace  # a heavy import that only this needs
 
-        widths = parse_numbers("--widths", args.widths, "1,2,4,8")
-        print(save_workspace(args.wandb, args.entity, widths, dry_run=args.dry_run))
+        print(save_workspace(args.wandb, args.entity, dry_run=args.dry_run))
 
 
 def write_report(directory: Path, run: Path | None = None) -> list[Path]:

@@ -4,7 +4,6 @@ A new name in `report.names` belongs into `sections`; the tests compare every pa
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 VIEW_NAME = "Bridge RL"
-WIDTHS = (1, 2, 4, 8)
 # Not W&B's own step, which starts again when an offline run is resumed.
 STEP = names.in_tracker("global_step")
 
@@ -31,7 +29,6 @@ STEP = names.in_tracker("global_step")
 def save_workspace(
     project: str,
     entity: str | None = None,
-    widths: Sequence[int] = WIDTHS,
     dry_run: bool = False,
     path: Path = Path("wandb_workspace.json"),
 ) -> str:
@@ -41,13 +38,13 @@ def save_workspace(
     """
     if dry_run or not has_key():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(definition(workspace(project, entity or "", widths)), indent=2) + "\n")
+        path.write_text(json.dumps(definition(workspace(project, entity or "")), indent=2) + "\n")
         reason = "" if dry_run else " because there is no W&B API key (`wandb login`)"
         return f"The definition of the W&B view is in {path}; nothing was sent{reason}."
     import wandb
 
     try:
-        saved = workspace(project, entity or wandb.Api().default_entity, widths).save()
+        saved = workspace(project, entity or wandb.Api().default_entity).save()
     except Exception as error:  # wandb's own, its HTTP client's and the server's: no common base
         raise UserError(
             f"W&B did not take the view of {project!r}: {' '.join(str(error).split())} (check project, entity and key)."
@@ -61,18 +58,18 @@ def definition(view: "ws.Workspace") -> dict[str, Any]:
     return content
 
 
-def workspace(project: str, entity: str, widths: Sequence[int] = WIDTHS) -> "ws.Workspace":
-    """The view with a section for each of what one looks at; `widths` are those of the recipe's `evaluation.widths`."""
+def workspace(project: str, entity: str) -> "ws.Workspace":
+    """The view with a section for each of what one looks at."""
     return ws.Workspace(
         name=VIEW_NAME,
         project=project,
         entity=entity,
-        sections=sections(widths),
+        sections=sections(),
         settings=ws.WorkspaceSettings(x_axis=STEP),
     )
 
 
-def sections(widths: Sequence[int]) -> list["ws.Section"]:
+def sections() -> list["ws.Section"]:
     return [
         section(
             "Reward and loss",
@@ -92,10 +89,7 @@ def sections(widths: Sequence[int]) -> list["ws.Section"]:
         section("Groups", lines("share of groups", names.ALL_RIGHT, names.ANY_RIGHT)),
         section(
             "Width sweep",
-            *(
-                lines(METRICS[metric], *(names.evaluation(metric, width) for width in widths))
-                for metric in names.EVALUATION
-            ),
+            *(one_each(METRICS[metric], f"eval_{metric}", "w") for metric in names.EVALUATION),
         ),
         section(
             "Rollout",
@@ -108,7 +102,7 @@ def sections(widths: Sequence[int]) -> list["ws.Section"]:
         section(
             "Bridge",
             lines("norm of what is added / of what it is added to", names.NORM_RATIO),
-            by_layer("the same, by layer"),
+            one_each("the same, by layer", names.NORM_RATIO, "layer_"),
         ),
         section(
             "Time",
@@ -143,6 +137,6 @@ def lines(title: str, *metrics: str, **options: Any) -> "wr.LinePlot":
     return wr.LinePlot(title=title, x=STEP, y=[names.in_tracker(metric) for metric in metrics], **options)
 
 
-def by_layer(title: str) -> "wr.LinePlot":
-    """One line a layer, as many as the model has."""
-    return wr.LinePlot(title=title, x=STEP, metric_regex=rf"^{names.in_tracker(names.NORM_RATIO)}/layer_\d+$")
+def one_each(title: str, metric: str, of: str) -> "wr.LinePlot":
+    """One line for each layer of the model, or each width of its evaluations, however many a run logs."""
+    return wr.LinePlot(title=title, x=STEP, metric_regex=rf"^{names.in_tracker(metric)}/{of}\d+$")
