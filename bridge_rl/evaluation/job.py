@@ -44,6 +44,7 @@ from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
+from bridge_rl.reward_errors import check_same_on_all
 from bridge_rl.rollout.request import known_positions
 
 
@@ -224,6 +225,11 @@ def make_job(
         "trained_length": trained_length,
         **provenance(),
     }
+    check_same_on_all(
+        settings["problems"],
+        f"{suite.name}: the ranks have read different problems: let its source give the same ones in the same order in "
+        "every process.",
+    )
     listening = listens(model)
     if (args.controls or args.probes) and not listening and PartialState().is_main_process:
         print("--controls and --probes are left out: without a Bridge no row hears another.", flush=True)
@@ -260,7 +266,7 @@ def earlier_probes(directory: Path, settings: dict[str, Any]) -> Probes | None:
         earlier = read_results(path)
     except UserError:  # of another version, or damaged: these results take its place
         return None
-    same = all(earlier.meta.get(key, value) == value for key, value in settings.items())
+    same = all(earlier.meta.get(key) == value for key, value in settings.items())
     return earlier.probes if same else None
 
 

@@ -166,22 +166,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def claim(directory: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a new directory; raise UserError if it holds samples of others.
-
-    Samples of an earlier version, which wrote down fewer settings, are taken for ones of these, and are from then on.
-    """
+    """Write the settings into a new directory; raise UserError if it holds samples of others."""
     path = directory / SETTINGS_FILE
     if not any((directory / "samples").glob("rank_*.jsonl")):
         write_whole(path, json.dumps(settings, indent=2) + "\n")
         return
     before = read_settings(path)
     for key, value in settings.items():
-        if before.get(key, value) != value:
-            other = DIGESTS.get(key, f"{key} {before[key]!r}, not {value!r}")
+        if before.get(key) != value:
+            made = f"made with {key} {before.get(key)!r}, not {value!r}"
+            if key in DIGESTS:
+                made = f"made with {DIGESTS[key]}"
+            if key not in before:  # whether it was the same, nobody can say
+                made = f"of an earlier version, which did not write down their {key}"
             raise UserError(
-                f"{directory} holds samples made with {other} ({path}): go on with the same, give another --output, "
-                "or delete the directory."
+                f"{directory} holds samples {made} ({path}): go on with the same, give another --output, or delete the "
+                "directory."
             )
-    if missing := [key for key in settings if key not in before]:  # whether these were the same, nobody can say
-        print(f"{directory}: its samples do not say their {', '.join(missing)}, taken for the same", flush=True)
-        write_whole(path, json.dumps({**before, **settings}, indent=2) + "\n")

@@ -108,24 +108,6 @@ def test_probes_are_kept_for_the_same_samples_only(evaluated, tmp_path):
     assert earlier_probes(tmp_path, settings) is None
 
 
-def test_samples_of_a_version_that_wrote_down_less_are_gone_on_with_and_say_more_from_then_on(
-    checkpoint, evaluated, tmp_path, capsys
-):
-    output = Path(shutil.copytree(evaluated[0], tmp_path / "out"))
-    for name, of_file in (("evaluation.json", lambda content: content), ("results.json", lambda c: c["meta"])):
-        content = json.loads((output / name).read_text())
-        del of_file(content)["config"], of_file(content)["dtype"]
-        (output / name).write_text(json.dumps(content))
-    again = evaluate(checkpoint, output, "--controls", "--lengths", "8,32")
-    assert f"{output}: its samples do not say their config, dtype, taken for the same" in capsys.readouterr().out
-    assert again.summaries == evaluated[1].summaries
-    assert again.probes == evaluated[1].probes
-    settings = json.loads((output / "evaluation.json").read_text())
-    assert settings["dtype"] == "float32"
-    with pytest.raises(UserError, match="made with another configuration"):
-        claim(output, settings | {"config": "of another"})
-
-
 def test_results_of_another_model_leave_no_probes_behind(evaluated, tmp_path):
     output = shutil.copytree(evaluated[0], tmp_path / "out")
     shutil.rmtree(output / "samples")
@@ -296,6 +278,15 @@ def test_other_ends_of_a_completion_do_not_go_on_with_samples(own_copy, tmp_path
     with pytest.raises(SystemExit):
         evaluate(own_copy, tmp_path / "out", "--samples", "8")
     assert "holds samples made with eos_ids [2], not [2, 5]" in capsys.readouterr().err
+
+
+def test_samples_of_a_version_that_wrote_down_less_are_refused_by_what_it_lacks(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "rank_0.jsonl").write_text("")
+    (tmp_path / "evaluation.json").write_text('{"seed": 0}')
+    claim(tmp_path, {"seed": 0})
+    with pytest.raises(UserError, match="of an earlier version, which did not write down their prompt_ids"):
+        claim(tmp_path, {"seed": 0, "prompt_ids": "12ab"})
 
 
 @pytest.mark.parametrize(
