@@ -200,7 +200,15 @@ def test_the_committed_figures_hold_the_bar():
     assert {(cell["problems"], cell["rate"]) for cell in chosen} == set(
         product((30, 100, 500), (0.1, 0.3, 0.5, 0.7, 0.9))
     )
-    assert all(0.93 <= cell["coverage"] <= 0.97 for cell in chosen)
+    # Of gains on 30 problems rather too wide than too narrow: what keeps rare changes covered costs them that.
+    most = [0.98 if cell["problems"] == 30 and "gain" in cell["metric"] else 0.97 for cell in chosen]
+    assert all(0.93 <= cell["coverage"] <= top for cell, top in zip(chosen, most, strict=True))
+
+
+def test_the_committed_figures_of_rare_changes_are_covered():
+    found = json.loads((ROOT / "benchmarks" / "results" / "intervals.json").read_text())["rare_change"]
+    assert len(found) == 6
+    assert all(0.93 <= cell["coverage"] <= 0.98 for cell in found)
 
 
 @pytest.mark.slow
