@@ -69,7 +69,7 @@ def test_a_reward_that_fails_in_an_evaluation_on_one_rank_saves_on_all(tmp_path)
     assert f"({checkpoint} is whole: when the cause is mended, the same command goes on)." in log
     assert f"going on from {checkpoint}" in log
     evaluated = [entry["step"] for entry in history(tmp_path / "out") if names.evaluation("pass@1", 4) in entry]
-    assert evaluated == [5, 6, 6]
+    assert evaluated == [5, 6]
 
 
 def test_a_reward_that_fails_in_a_warmup_on_one_rank_ends_all_and_what_was_judged_is_kept(tmp_path):
