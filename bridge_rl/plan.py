@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.conflicts import check_types, find_conflicts
@@ -146,13 +146,20 @@ def check(recipe: Recipe) -> Plan:
     return plan
 
 
-def adapted_modules(model: torch.nn.Module, recipe: Recipe) -> list[torch.nn.Module]:
+def linear_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """By path, all but the head."""
+    head = model.get_output_embeddings()
+    return {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+
+
+def adapted_modules(model: PreTrainedModel, recipe: Recipe) -> list[torch.nn.Module]:
     """Those that PEFT puts a LoRA on. Raises UserError for a target that is none, which PEFT leaves out silently, or
     refuses when it has the model."""
     named = recipe.lora.target_modules
     targets: list[tuple[str, Any]] = [(named, named)] if isinstance(named, str) else [(name, [name]) for name in named]
     if not named:
         raise UserError("lora.target_modules is empty: name modules, such as [q_proj, v_proj], or 'all-linear'.")
+    linear = linear_modules(model)
     found: dict[str, torch.nn.Module] = {}
     for name, target in targets:
         config = LoraConfig(target_modules=target)
@@ -160,13 +167,8 @@ def adapted_modules(model: torch.nn.Module, recipe: Recipe) -> list[torch.nn.Mod
             own = {path: m for path, m in model.named_modules() if check_target_module_exists(config, path)}
         except re.error as error:
             raise UserError(f"lora.target_modules is {name!r}, and no regular expression: {error}.") from error
-        head = model.get_output_embeddings()
-        if not own or not all(isinstance(m, torch.nn.Linear) and m is not head for m in own.values()):
-            known = {
-                path.rpartition(".")[2]
-                for path, m in model.named_modules()
-                if isinstance(m, torch.nn.Linear) and m is not head
-            }
+        if not own or not own.keys() <= linear.keys():
+            known = {path.rpartition(".")[2] for path in linear}
             what = f"has no module '{name}'" if not own else f"has '{name}', on which no LoRA is put"
             raise UserError(
                 f"lora.target_modules: {recipe.model.path} {what}: its linear ones are {', '.join(sorted(known))}."
@@ -185,7 +187,7 @@ def count_parameters(config: PreTrainedConfig, recipe: Recipe) -> Parameters:
                 f"model.path: {recipe.model.path} is a '{config.model_type}', no causal language model."
             ) from error
         head = model.get_output_embeddings()
-        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        linear = list(linear_modules(model).values())
         adapted: list[torch.nn.Module] = []
         if recipe.train == "lora":
             adapted = linear if recipe.lora.target_modules == "all-linear" else adapted_modules(model, recipe)

@@ -14,6 +14,7 @@ PROBLEMS = ("model", "bridge", "data.train", "data.prompt", "data.system_prompt"
 DECIDES_WARMUP = (*PROBLEMS, "warmup", "rollout.max_new_tokens", "rollout.temperature")
 # A checkpoint's optimizer has its own: another value in the recipe would be passed over.
 OF_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# The checkpoint has none of these: another value would be taken up in the middle of a run.
 OF_LOSS = (
     "loss_type",
     "beta",

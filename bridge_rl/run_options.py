@@ -127,10 +127,8 @@ def check_optimizer(args: GRPOConfig) -> None:
             cls([torch.nn.Parameter(torch.zeros(1))], **options)
         except ValueError as error:
             raise UserError(f"training.learning_rate or training.adam_*: {error}.") from error
-    schedule, optimizer = (
-        args.lr_scheduler_type,
-        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], args.learning_rate),
-    )
+    schedule = args.lr_scheduler_type
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], args.learning_rate)
     try:
         get_scheduler(schedule, optimizer, 0, 10, args.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:

@@ -26,7 +26,8 @@ def part_conflicts(training: Mapping[str, Any], config: PreTrainedConfig, option
     """Options whose loss is not a sum over groups, and so cannot be computed in parts. `config`: the model's."""
     if options.token_budget is None:
         return
-    text, of_router, router = config.get_text_config(), training.get("router_aux_loss_coef"), "router_aux_loss_coef"
+    text = config.get_text_config()
+    router, of_router = "router_aux_loss_coef", training.get("router_aux_loss_coef")
     if of_router is None:
         of_router = getattr(text, "router_aux_loss_coef", 0.0)  # as TRL does
         router += " (of the model's config; 0 turns it off)"
