@@ -23,8 +23,9 @@ from bridge_rl.checkpoint import is_bridge_checkpoint, other_model, read_config
 from bridge_rl.config import DataSource, Recipe
 from bridge_rl.data import check_path, unread_keys
 from bridge_rl.errors import UserError
-from bridge_rl.models import adapter_conflict, load_reward, quantization_config, resolve_path
+from bridge_rl.models import adapter_conflict, quantization_config, resolve_path
 from bridge_rl.report import names
+from bridge_rl.reward_functions import load_reward
 from bridge_rl.rollout.request import known_positions
 from bridge_rl.typed_yaml import nearest
 from bridge_rl.update import part_conflicts

@@ -5,7 +5,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from jinja2 import TemplateError
 
 from bridge_rl.config import DataSection, DataSource
 from bridge_rl.errors import UserError, first_line
+from bridge_rl.user_code import call_users, import_function
 
 FILE_FORMATS = (".jsonl", ".json", ".parquet")
 OTHER_FORMATS = (".csv", ".tsv", ".txt")  # which are not read, and are no names on the hub
@@ -82,8 +82,6 @@ def _read(source: DataSource, key: str) -> list[dict[str, Any]]:
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(f"{key}.path: {path} cannot be read as {path.suffix[1:]}: {first_line(error)}.") from error
     if is_function(source.path):
-        from bridge_rl.models import call_users  # which imports this module
-
         function = import_function(source.path, f"{key}.path")
         try:
             inspect.signature(function).bind(**source.kwargs)
@@ -244,15 +242,6 @@ def _read_line(line: str, place: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise UserError(f"{place} is no JSON ({error}): mend or delete the line.") from error
-
-
-def import_function(path: str, key: str) -> Any:
-    """The object at `package.module:name`. Raises UserError if there is none."""
-    module_name, _, name = path.partition(":")
-    try:
-        return getattr(import_module(module_name), name)
-    except Exception as error:  # whatever the user's own module raises
-        raise UserError(f"{key}: cannot import {path} ({error}).") from error
 
 
 def _answer(value: Any, source: DataSource, key: str, number: int) -> str:

@@ -14,13 +14,14 @@ from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import Summary, read_results
 from bridge_rl.evaluation.run import num_completions, plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore
-from bridge_rl.models import find_file, load_model, load_tokenizer
+from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.plan import check, describe
 from bridge_rl.report.plots import plot_widths
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
 from bridge_rl.run import load_eval_prompts, train
+from bridge_rl.user_code import find_file
 
 SAMPLES, FIGURES = Path("base", "samples"), "demo.json"  # what a demo writes first and last
 # Made by `bridge-rl train recipes/tiny_arith_rlvr_only.yaml`: the same steps take as long as the demo itself.

@@ -1,22 +1,14 @@
-"""Load what a recipe names: the model with its Bridge, its tokenizer, its rewards."""
+"""Load what a recipe names: the model with its Bridge, and its tokenizer."""
 
-import asyncio
 import importlib.util
-import inspect
 import json
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterable
-from functools import update_wrapper, wraps
+from collections.abc import Iterable
 from importlib.resources import files
-from numbers import Real
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -35,12 +27,9 @@ from bridge_rl.checkpoint import (
     options_of_base,
     read_config,
 )
-from bridge_rl.config import ModelSection, Recipe, RewardSection
-from bridge_rl.data import GIVEN_BY_TRAINER, GIVEN_TO_REWARDS, import_function
+from bridge_rl.config import ModelSection, Recipe
 from bridge_rl.errors import UserError, first_line
-from bridge_rl.reward_errors import failing_row
 from bridge_rl.surgery import attach_bridge, find_state, has_bridge
-from bridge_rl.verify.answer import comparable_answer
 
 PACKAGE = "package://"
 
@@ -263,156 +252,3 @@ def trained_in_float32(model: PreTrainedModel, train: str) -> PreTrainedModel:
     elif has_bridge(model):
         cast_blocks(model, torch.float32)
     return model
-
-
-def load_reward(section: RewardSection, number: int) -> Callable[..., Any]:
-    """The reward function that a recipe names, its fixed keyword arguments bound.
-
-    Raises UserError if there is none, and for a first one that can only be called in training.
-    """
-    function = load_function(section.function, f"rewards.{number}.function")
-    if number == 0:
-        check_judges(function, section.function, "rewards.0.function")
-    for name in section.kwargs:
-        if name in GIVEN_TO_REWARDS:
-            raise UserError(f"rewards.{number}.kwargs.{name}: the trainer gives '{name}' itself, name it otherwise.")
-    return counted(function, section)
-
-
-def check_judges(function: Callable[..., Any], named: str, key: str) -> None:
-    """Raise UserError, naming `key`, for a reward that cannot do without what the trainer alone gives."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # compiled functions may have none
-        return
-    for name in sorted(GIVEN_BY_TRAINER & parameters.keys()):
-        if parameters[name].default is inspect.Parameter.empty:
-            raise UserError(
-                f"{key}: {named} needs {name}, which neither the warm-up nor an evaluation gives the reward that they "
-                "judge by: give the parameter a default, or judge by another function."
-            )
-
-
-def load_final_answer(section: RewardSection) -> Callable[[str], str | None]:
-    """What finds the answer in a completion for majority votes: `final_answer` beside the reward function.
-
-    It returns the answer in a form in which equal answers are equal strings, None where there is none. A file without
-    one gets that of `rewards/answer.py`. Raises UserError as `load_reward`; what is returned, where it fails or gives
-    what is no answer.
-    """
-    _, module = load_beside(section.function, "rewards.0.function")
-    own = getattr(module, "final_answer", None)
-    return comparable_answer if own is None else answering(own, f"final_answer beside {section.function}")
-
-
-def answering(function: Callable[[str], Any], name: str) -> Callable[[str], str | None]:
-    """A user's function that finds an answer; UserError if it fails or returns neither a string nor None."""
-
-    def final_answer(completion: str) -> str | None:
-        answer = call_users(function, name, lambda: f" on {completion[:80]!r}", completion)
-        if not isinstance(answer, str | None):
-            raise UserError(f"{name} returned {answer!r} on {completion[:80]!r}: return a string or None.")
-        return answer
-
-    return final_answer
-
-
-def load_function(named: str, key: str) -> Callable[..., Any]:
-    """The function at `FILE.py:NAME` or `package.module:NAME`. Raises UserError, naming `key`, if there is none."""
-    return load_beside(named, key)[0]
-
-
-def load_beside(named: str, key: str) -> tuple[Callable[..., Any], ModuleType]:
-    """As `load_function`, and the module that was named, where the function need not have been defined."""
-    path, _, name = named.partition(":")
-    if not name:
-        raise UserError(f"{key}: '{named}' names no function: write rewards/answer.py:correct.")
-    if path.endswith(".py"):
-        module = _load_file(path, key)
-        function = getattr(module, name, None)
-        if function is None:
-            raise UserError(f"{key}: {path} has no function '{name}'.")
-    else:
-        function = import_function(named, key)
-        module = sys.modules[path]
-    if not callable(function):
-        raise UserError(f"{key}: '{named}' is a {type(function).__name__}, no function.")
-    return function, module
-
-
-def _load_file(path: str, key: str) -> ModuleType:
-    """A file as a module of its own: one called after a real module must not shadow it."""
-    file = find_file(path)
-    if file is None:
-        raise UserError(f"{key}: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(f"bridge_rl_file_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's own file raises
-        raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {error}).") from error
-    return module
-
-
-def counted(function: Callable[..., Any], section: RewardSection) -> Callable[..., Any]:
-    """The function with its fixed keyword arguments; UserError if it does not return one value a row.
-
-    An `async` one is awaited here, in one event loop of its own: TRL would in another thread, and others not at all.
-    """
-    if inspect.iscoroutinefunction(function):
-        function = awaited(function)
-
-    def reward(**columns: Any) -> list[float]:
-        rows = len(columns["completions"] if "completions" in columns else columns["completion_ids"])
-        given = {**columns, **section.kwargs}
-        values = call_users(function, section.function, lambda: failing_row(function, given, rows), **given)
-        if not hasattr(values, "__len__") or isinstance(values, dict) or getattr(values, "ndim", 1) == 0:
-            raise UserError(
-                f"{section.function} returned {values!r}: return a list, with a number or None for each row"
-            )
-        if len(values) != rows:
-            raise UserError(f"{section.function} returned {len(values)} values for {rows} rows: return one a row.")
-        strange = [v for v in values if v is not None and not isinstance(v, Real | np.generic | torch.Tensor)]
-        if strange:
-            raise UserError(f"{section.function} returned {strange[0]!r} for a row: return a number or None.")
-        return values
-
-    return update_wrapper(reward, function)
-
-
-def awaited(function: Callable[..., Any]) -> Callable[..., Any]:
-    runner = asyncio.Runner()
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return runner.run(function(*args, **kwargs))
-
-    return run
-
-
-def call_users(
-    function: Callable[..., Any], name: str, on_what: Callable[[], str], /, *args: Any, **kwargs: Any
-) -> Any:
-    """What a function of the user's returns. Raises UserError that says where it failed and, by `on_what`, on what.
-
-    The traceback of the user's own code goes to stderr before.
-    """
-    try:
-        return function(*args, **kwargs)
-    except UserError:
-        raise
-    except Exception as error:  # whatever it raises
-        frames = traceback.extract_tb(error.__traceback__)[1:]
-        print("".join(["In code of yours:\n", *traceback.format_list(frames)]), file=sys.stderr, end="", flush=True)
-        place = f" in line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
-        raise UserError(f"{name} failed with {type(error).__name__}{place}{on_what()}: {error}") from error
-
-
-def find_file(path: str) -> Path | None:
-    """A file named in a recipe: relative to where the command runs, else to the repository."""
-    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
-        if (root / path).is_file():
-            return root / path
-    return None

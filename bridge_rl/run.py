@@ -25,19 +25,12 @@ from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import PATIENCE, eos_ids
 from bridge_rl.evaluation.settings import digest
-from bridge_rl.models import (
-    load_final_answer,
-    load_policy,
-    load_reward,
-    load_tokenizer,
-    model_config,
-    uses_deepspeed,
-    uses_fsdp,
-)
+from bridge_rl.models import load_policy, load_tokenizer, model_config, uses_deepspeed, uses_fsdp
+from bridge_rl.ranks import check_same_on_all, together
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar, RewardProgress
 from bridge_rl.report.tracking import start_tracking
-from bridge_rl.reward_errors import agreed, check_same_on_all, together
+from bridge_rl.reward_functions import agreed, load_final_answer, load_reward
 from bridge_rl.rollout import RolloutOptions, SamplingParams
 from bridge_rl.rollout.request import steady_positions
 from bridge_rl.rollout.sampling import stream_seed

@@ -17,11 +17,11 @@ from bridge_rl.evaluation.results import write_results
 from bridge_rl.evaluation.run import listens, num_completions, plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore, write_for_readers
 from bridge_rl.evaluation.settings import SETTINGS_FILE, digest, digest_of_reward
+from bridge_rl.ranks import together
 from bridge_rl.report import names
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
-from bridge_rl.reward_errors import together
 from bridge_rl.run_directory import evaluation_directory
 from bridge_rl.stop import Stop
 from bridge_rl.trainer import BridgeGRPOTrainer

@@ -12,9 +12,10 @@ from trl import GRPOConfig
 from bridge_rl.config import Recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.run import PATIENCE
-from bridge_rl.models import find_file, uses_deepspeed, uses_fsdp
+from bridge_rl.models import uses_deepspeed, uses_fsdp
 from bridge_rl.report.tracking import trackers
 from bridge_rl.run_directory import warmup_directory
+from bridge_rl.user_code import find_file
 
 
 def prepare_distributed(recipe: Recipe) -> None:

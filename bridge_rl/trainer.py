@@ -41,9 +41,10 @@ from bridge_rl.guards import Guards, Halted, clip_finite
 from bridge_rl.meters import GenerationMeter, StepMeter, record_norm_ratios
 from bridge_rl.models import uses_fsdp
 from bridge_rl.packed_forward import PACKED, packed_logprobs_of_chunks, serve_packed
+from bridge_rl.ranks import RankFailed
 from bridge_rl.report import names
 from bridge_rl.resume import Resume, TrainingComplete, checkpoint_bytes
-from bridge_rl.reward_errors import RankFailed, check_columns, told_apart
+from bridge_rl.reward_functions import check_columns, told_apart
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed

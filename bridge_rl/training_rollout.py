@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from bridge_rl.group import prompts_of_groups, repeat_for_rows
-from bridge_rl.reward_errors import together
+from bridge_rl.ranks import together
 from bridge_rl.rollout import Rollout, SamplingParams
 
 if TYPE_CHECKING:

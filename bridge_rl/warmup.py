@@ -43,7 +43,7 @@ from bridge_rl.files import write_whole
 from bridge_rl.group import alive_from_mask, pad_left, pad_right
 from bridge_rl.guards import poison
 from bridge_rl.packed_forward import PACKED, packed_logprobs, serve_packed
-from bridge_rl.reward_errors import together
+from bridge_rl.ranks import together
 from bridge_rl.rollout import Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.decode import attention
 from bridge_rl.stop import Stop

@@ -6,7 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from bridge_rl.config import RewardSection
-from bridge_rl.models import counted, load_function
+from bridge_rl.reward_functions import counted
+from bridge_rl.user_code import load_function
 
 
 @lru_cache

@@ -26,7 +26,8 @@ from bridge_rl.evaluation.results import read_results
 from bridge_rl.evaluation.run import group_index
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.harness import BridgeLM, split_requests
-from bridge_rl.models import load_model, load_reward, load_tokenizer
+from bridge_rl.models import load_model, load_tokenizer
+from bridge_rl.reward_functions import load_reward
 from bridge_rl.rollout.sampling import stream_seed
 from bridge_rl.tiny.task import dataset
 

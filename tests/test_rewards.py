@@ -7,7 +7,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation import settings
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.settings import digest_of_reward
-from bridge_rl.models import load_final_answer, load_reward
+from bridge_rl.reward_functions import load_final_answer, load_reward
 
 
 def load(function: str, **kwargs):
@@ -48,7 +48,7 @@ def test_a_reward_that_fails_names_its_line_and_row(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "line 6, in score" in printed
     assert "line 2, in inverse" in printed
-    assert "models.py" not in printed
+    assert "user_code.py" not in printed
 
 
 def test_columns_of_any_name_reach_a_reward(tmp_path):
@@ -167,7 +167,7 @@ def test_the_first_reward_may_take_but_not_require_what_the_trainer_alone_gives(
 
 def test_an_async_reward_is_awaited_in_one_loop_and_fails_as_others_do(tmp_path):
     from bridge_rl.config import RewardSection
-    from bridge_rl.models import load_reward
+    from bridge_rl.reward_functions import load_reward
 
     (tmp_path / "judge.py").write_text(
         "import asyncio\n\nloops = []\n\n"

@@ -17,7 +17,8 @@ from bridge_rl.config import DataSection, DataSource, ModelSection, load_recipe
 from bridge_rl.data import hub_commit, make_prompts
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import COLLECTIONS, SUITES, Suite, expand, load_suite
-from bridge_rl.models import load_final_answer, load_reward, load_tokenizer
+from bridge_rl.models import load_tokenizer
+from bridge_rl.reward_functions import load_final_answer, load_reward
 from bridge_rl.study.config import load_study
 
 HUB = {name: suite for name, suite in SUITES.items() if "/" in suite.source.path}
@@ -293,7 +294,7 @@ def test_a_fork_of_the_trainer_judges_with_processes_of_its_own():
         """
         import os, signal, sys
         from bridge_rl.config import RewardSection
-        from bridge_rl.models import load_reward
+        from bridge_rl.reward_functions import load_reward
         score = load_reward(RewardSection("rewards/reasoning_gym.py:correct"), 0)
         entry, answer = sys.argv[1:]
         assert score(completions=[answer], task=["gcd"], entry=[entry]) == [1.0]

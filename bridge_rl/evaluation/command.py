@@ -24,10 +24,12 @@ from bridge_rl.evaluation.run import PATIENCE, eos_ids
 from bridge_rl.evaluation.settings import SETTINGS_FILE, first, trained_with
 from bridge_rl.evaluation.suites import expand
 from bridge_rl.fingerprint import whole_fingerprint
-from bridge_rl.models import call_users, check_judges, load_function, load_model, load_tokenizer
+from bridge_rl.models import load_model, load_tokenizer
 from bridge_rl.report.tables import as_table
+from bridge_rl.reward_functions import check_judges
 from bridge_rl.rollout import SamplingParams, generate_groups
 from bridge_rl.rollout.request import length_limit
+from bridge_rl.user_code import call_users, load_function
 
 MAX_ROWS = 64  # that `bridge-rl eval` samples at once, unless asked for another number or a wider group
 GENERATED_TOKENS = 256  # by `bridge-rl generate`, unless asked for another number

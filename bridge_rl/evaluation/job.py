@@ -40,11 +40,11 @@ from bridge_rl.evaluation.settings import (
 )
 from bridge_rl.evaluation.suites import MATH_REWARD, Suite, load_suite
 from bridge_rl.files import alone_in
+from bridge_rl.ranks import check_same_on_all
 from bridge_rl.report.command import write_report
 from bridge_rl.report.progress import Bar
 from bridge_rl.report.results import provenance
 from bridge_rl.report.tables import as_table
-from bridge_rl.reward_errors import check_same_on_all
 from bridge_rl.rollout.request import known_positions
 
 

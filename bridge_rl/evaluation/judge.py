@@ -9,7 +9,7 @@ from bridge_rl.config import RewardSection
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.metrics import RIGHT
 from bridge_rl.group import groups_of, repeat_for_rows
-from bridge_rl.models import load_final_answer, load_reward
+from bridge_rl.reward_functions import load_final_answer, load_reward
 
 VERDICTS = ("ok", "unparsed", "timeout", "error")
 

@@ -23,7 +23,7 @@ from bridge_rl.errors import UserError
 from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.results import Condition
 from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
-from bridge_rl.reward_errors import together
+from bridge_rl.ranks import together
 from bridge_rl.rollout import Group, Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.ranks import is_sharded
 from bridge_rl.rollout.sampling import stream_seed

@@ -20,7 +20,7 @@ from bridge_rl.config import Recipe, RewardSection, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.suites import Suite
 from bridge_rl.files import write_whole
-from bridge_rl.models import load_beside
+from bridge_rl.user_code import load_beside
 from bridge_rl.verify.answer import completion_text
 
 # What decides the samples of a directory: with other settings they would be others.

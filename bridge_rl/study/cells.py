@@ -7,10 +7,10 @@ from typing import Any
 
 from bridge_rl.config import DataSource, Recipe, load_recipe
 from bridge_rl.errors import UserError
-from bridge_rl.models import find_file
 from bridge_rl.study.config import Study
 from bridge_rl.study.results import CellResult, read_cell
 from bridge_rl.typed_yaml import nearest
+from bridge_rl.user_code import find_file
 
 # Keys of a recipe that decide neither what is trained nor how: a training that differs in them alone is the same one.
 WITHOUT_EFFECT = (

@@ -29,7 +29,7 @@ from bridge_rl.evaluation.judge import Judge
 from bridge_rl.evaluation.run import plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.models import load_tokenizer
-from bridge_rl.reward_errors import RankFailed
+from bridge_rl.ranks import RankFailed
 from bridge_rl.surgery import find_state
 
 PARAMS = br.SamplingParams(max_new_tokens=24, seed=3, eos_token_id=[2, 4, 5, 6])

@@ -9,7 +9,7 @@ from bridge_rl.config import EvaluationSection
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.run import Evaluation, Sweep, batches, exchange_units, num_completions, plan_sweeps
 from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
-from bridge_rl.reward_errors import RankFailed
+from bridge_rl.ranks import RankFailed
 
 SECTION = EvaluationSection(widths=[1, 2, 4], samples=8)
 
