@@ -189,11 +189,12 @@ def run_recipe(args: argparse.Namespace) -> None:
         print(describe(recipe, plan), flush=True)
     from bridge_rl.files import alone_in
     from bridge_rl.run import train, warm_up
+    from bridge_rl.stop import leaving_at_sigterm
 
     if args.command == "warmup" and recipe.warmup is None:
         print("nothing to warm up: this recipe has no Bridge, or warmup is null", flush=True)
         return
-    with alone_in(Path(recipe.output_dir)) if is_main else nullcontext():
+    with leaving_at_sigterm(), alone_in(Path(recipe.output_dir)) if is_main else nullcontext():
         if args.command == "warmup":
             warm_up(recipe)
         else:

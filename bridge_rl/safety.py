@@ -1,6 +1,7 @@
 """Combinations that would break groups, or an exact resume, without a sound: refused with the reason and the cure."""
 
 from collections.abc import Iterator, Mapping
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 from accelerate import Accelerator
@@ -71,8 +72,12 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
             yield "training.accelerator_config.split_batches is on: it cuts batches inside groups, leave it off."
         if chosen.get("dispatch_batches"):
             yield "training.accelerator_config.dispatch_batches is on: a batch is no tensors yet, leave it off."
-    if options.get("dataloader_multiprocessing_context") and not options.get("dataloader_num_workers"):
+    start = options.get("dataloader_multiprocessing_context")
+    if start and not options.get("dataloader_num_workers"):
         yield "training.dataloader_multiprocessing_context is set without training.dataloader_num_workers: set both."
+    if start and start not in get_all_start_methods():
+        known = ", ".join(get_all_start_methods())
+        yield f"training.dataloader_multiprocessing_context is {start!r}: this system has {known}."
     if options.get("fsdp"):
         yield "training.fsdp is set: leave it out, and launch with --config_file launch/accelerate/fsdp2.yaml."
     for key in ("per_device_train_batch_size", "num_generations"):

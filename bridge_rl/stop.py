@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl
 
-from bridge_rl.errors import UserError
+from bridge_rl.errors import Stopped, UserError
 
 ECHO_SECONDS = 1.0  # within which a second SIGINT is the launcher's copy of the first
 BYTES_PER_SECOND = 2e8  # of a save, until one has been timed: a slow disk
@@ -30,6 +30,20 @@ def parse_duration(key: str, text: str | int) -> float:
     if seconds <= 0:
         raise UserError(f"{key} is {text!r}: write a time with units, largest first, such as 3h50m, 45m or 1d.")
     return float(seconds)
+
+
+@contextmanager
+def leaving_at_sigterm() -> Iterator[None]:
+    """Inside, but where a `Stop` listens, SIGTERM raises Stopped: a model is being loaded, or a report written."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped by SIGTERM while nothing was to be saved: the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class GivenUp(Exception):  # noqa: N818

@@ -99,6 +99,10 @@ def test_cutting_groups_is_a_conflict():
         (["training.activation_checkpointing=false"], "use training.gradient_checkpointing"),
         (["training.accelerator_config={dispatch_batches: true}"], "dispatch_batches is on"),
         (["training.dataloader_multiprocessing_context=fork"], "without training.dataloader_num_workers"),
+        (
+            ["training.dataloader_multiprocessing_context=frok", "training.dataloader_num_workers=1"],
+            "dataloader_multiprocessing_context is 'frok': this system has fork",
+        ),
         (["update.token_budget=999", "training.entropy_coef=0.1"], "token_budget is set with training.entropy_coef"),
         (["update.token_budget=999", "training.use_adaptive_entropy=true"], "set with training.use_adaptive_entropy"),
         (["train=lora", "training.cast_lm_head_to_fp32=true"], "TRL cannot where the embedding is the head"),

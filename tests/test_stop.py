@@ -13,6 +13,7 @@ from trainers import PROMPTS, quiet_config, reward_of_tokens
 from transformers import TrainerCallback, TrainerControl
 
 from bridge_rl import stop as stop_module
+from bridge_rl.cli import main
 from bridge_rl.config import ModelSection, load_recipe
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.models import load_tokenizer
@@ -32,6 +33,16 @@ def test_durations(text, seconds):
 def test_other_durations_are_refused_in_one_sentence(text):
     with pytest.raises(UserError, match=r"save_before is .*: write a time with units, largest first, such as 3h50m"):
         load_recipe("recipes/tiny_arith.yaml", [f"save_before={text!r}"])
+
+
+def test_a_signal_while_nothing_is_to_be_saved_asks_for_the_same_command_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bridge_rl.run.train", lambda recipe: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "recipes/tiny_arith.yaml", f"output_dir={tmp_path}"])
+    assert ended.value.code == 85
+    assert "stopped by SIGTERM while nothing was to be saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def at(monkeypatch, stop: Stop, seconds: float) -> None:
