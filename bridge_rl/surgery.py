@@ -11,6 +11,7 @@ Which rows think together travels as the keyword `bridge_alive` ([G, N, T] bool,
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,10 +64,21 @@ class BridgedLayer:
             return (block(output[0], bridge_alive), *output[1:])
         return block(output, bridge_alive)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the class of the family, since pickle does not find the subclass by its name."""
+        return empty_layer, (type(self).__bases__[1],), self.__dict__
 
+
+@cache
 def bridged_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a decoder layer that runs its block. It keeps the name, by which FSDP wraps layers."""
     return type(cls.__name__, (BridgedLayer, cls), {"__module__": cls.__module__})
+
+
+def empty_layer(cls: type[nn.Module]) -> nn.Module:
+    """A layer without its modules, which pickle and deepcopy fill in."""
+    layer: nn.Module = object.__new__(bridged_class(cls))  # type: ignore[arg-type]
+    return layer
 
 
 def attach_bridge(
@@ -80,7 +92,7 @@ def attach_bridge(
     The blocks take the device of their layer and the dtype of the model; their random start comes from torch's global
     generator.
     Raises ValueError for a model family that is not served, a layer that does not exist, a model that has blocks or an
-    adapter, and one whose blocks were dropped when it was loaded.
+    adapter or is spread over devices, and one whose blocks were dropped when it was loaded.
     """
     if hasattr(model, "peft_config"):
         raise UserError("The model is wrapped by PEFT: attach the Bridge to the base before the adapter.")
@@ -95,17 +107,21 @@ def attach_bridge(
     if getattr(model.config, "bridge", None):
         raise UserError("This model was saved with a Bridge, which a plain load has dropped: load it with load_bridge.")
     backbone = model.base_model
+    if any("forward" in vars(layer) for layer in backbone.layers):  # which goes before that of a class
+        raise UserError(
+            "The model's layers run a forward of their own, as a device_map over several devices gives them, which "
+            'would leave the blocks out: load the model on one device, such as device_map={"": 0}.'
+        )
     carriers = layer_indices(config, len(backbone.layers))
     base_name = str(getattr(model.config, "_name_or_path", ""))
     state = BridgeState(config, fingerprint(model), base_name, base_options or {})
     hidden_size = model.config.get_text_config().hidden_size
-    classes = {cls: bridged_class(cls) for cls in {type(layer) for layer in backbone.layers}}
     for index, layer in enumerate(backbone.layers):
         if index in carriers:
             weight = next(layer.parameters())
             layer.bridge = BLOCKS[config.kind](hidden_size, config, device=weight.device, dtype=model.dtype)
         layer.bridge_state = state
-        layer.__class__ = classes[type(layer)]
+        layer.__class__ = bridged_class(type(layer))  # type: ignore[arg-type]
     backbone.bridge_state = state
     backbone.register_forward_pre_hook(_give_alive, with_kwargs=True)
     model.config.bridge = config.to_dict()

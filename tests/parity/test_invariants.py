@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ALL_FAMILIES, CORE_FAMILIES, make_base, make_bridged, switch_on
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import bridge_rl as br
 from bridge_rl.surgery import group_width
@@ -139,6 +140,22 @@ def test_a_deep_copy_has_a_state_of_its_own(bridged):
     twin = copy.deepcopy(bridged)
     with br.disable_bridge(twin):
         assert not torch.equal(logits(twin, ids(4), 4), logits(bridged, ids(4), 4))
+
+
+def test_a_pickled_model_comes_back_with_its_bridge(bridged, tmp_path):
+    torch.save(bridged, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded, ids(4), 4), logits(bridged, ids(4), 4))
+    with br.disable_bridge(loaded):
+        assert not torch.equal(logits(loaded, ids(4), 4), logits(bridged, ids(4), 4))
+
+
+def test_a_model_over_several_devices_is_refused(tmp_path):
+    make_base("llama").save_pretrained(tmp_path)
+    places = {"model": "cpu", "lm_head": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match="load the model on one device"):
+        br.attach_bridge(model, br.BridgeConfig())
 
 
 def test_blocks_may_sit_in_some_layers_only():
