@@ -165,9 +165,10 @@ def load_bridge(
         base = _load_base(directory, base_model or content["base"], content.get("quantization"), options)
     found = fingerprint(base)
     if found != content["base_fingerprint"]:
+        rounded = ", or load it in bfloat16 or float32, since float16 rounds weights away, and call .half() then"
         raise UserError(
             f"{directory} was trained on another base ({content['base']}, fingerprint {content['base_fingerprint']}, "
-            f"found {found}): pass the right one as base_model."
+            f"found {found}): pass the right one as base_model{rounded if base.dtype == torch.float16 else ''}."
         )
     base.config.bridge = None  # of a base that was a whole Bridge model: these blocks take the place of its own
     model = attach_bridge(base, config, options_of_base(options))

@@ -254,6 +254,15 @@ def test_a_fingerprint_does_not_depend_on_the_load_dtype(base_directory):
     assert fingerprint(make_base("llama")) != fingerprint(make_base("llama", seed=1))
 
 
+def test_a_base_in_float16_is_told_from_a_wrong_one(base_directory, tmp_path):
+    model = attach_to(base_directory)
+    br.save_bridge(model, tmp_path / "bridge")
+    with pytest.raises(ValueError, match=r"float16 rounds weights away, and call \.half\(\) then\.$"):
+        br.load_bridge(tmp_path / "bridge", dtype=torch.float16)
+    halved = br.load_bridge(tmp_path / "bridge", dtype=torch.float32).half()
+    assert torch.allclose(logits(halved).float(), logits(model), atol=0.02)
+
+
 def test_a_bridge_only_save_of_a_trained_base_is_refused(bridged, tmp_path):
     with torch.no_grad():
         for parameter in bridged.parameters():
