@@ -22,7 +22,7 @@ from transformers.utils import logging
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError, first_line
 from bridge_rl.fingerprint import fingerprint
-from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state
+from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state, has_bridge
 
 CONFIG_FILE = "bridge_config.json"
 WEIGHTS_FILE = "bridge.safetensors"
@@ -155,7 +155,7 @@ def load_bridge(
         return _take_blocks(attach_bridge(model, config), _read_shards(directory), directory)
 
     options = from_pretrained_kwargs
-    if isinstance(base_model, PreTrainedModel):
+    if isinstance(base_model, nn.Module):
         if options:
             raise UserError(f"{', '.join(options)}: of no use for a base_model that is loaded already.")
         base = base_model
@@ -170,7 +170,8 @@ def load_bridge(
             f"{directory} was trained on another base ({content['base']}, fingerprint {content['base_fingerprint']}, "
             f"found {found}): pass the right one as base_model{rounded if base.dtype == torch.float16 else ''}."
         )
-    base.config.bridge = None  # of a base that was a whole Bridge model: these blocks take the place of its own
+    if not has_bridge(base):
+        base.config.bridge = None  # of a base that was a whole Bridge model: these blocks take the place of its own
     model = attach_bridge(base, config, options_of_base(options))
     if is_adapter:
         from peft import PeftModel

@@ -254,6 +254,16 @@ def test_a_fingerprint_does_not_depend_on_the_load_dtype(base_directory):
     assert fingerprint(make_base("llama")) != fingerprint(make_base("llama", seed=1))
 
 
+def test_a_base_that_cannot_take_blocks_stays_as_it_was(tmp_path):
+    model = make_bridged("llama")
+    br.save_bridge(model, tmp_path / "bridge")
+    with pytest.raises(UserError, match="has a Bridge already"):
+        br.load_bridge(tmp_path / "bridge", model)
+    assert model.config.bridge is not None
+    with pytest.raises(UserError, match="wrapped by PEFT"):
+        br.load_bridge(tmp_path / "bridge", get_peft_model(make_base("llama"), LoraConfig(target_modules=["q_proj"])))
+
+
 def test_a_base_in_float16_is_told_from_a_wrong_one(base_directory, tmp_path):
     model = attach_to(base_directory)
     br.save_bridge(model, tmp_path / "bridge")

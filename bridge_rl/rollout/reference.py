@@ -27,7 +27,7 @@ def group_logprobs(
     `completions[g]` are the N rows of prompt g, EOS included; all groups have the same width. Raises ValueError if not,
     and for a prompt without tokens. The model is in eval mode meanwhile, as it is while it samples.
     """
-    if not prompt_ids and not completions:
+    if not len(prompt_ids) and not len(completions):  # arrays and tensors have no truth value
         return []
     widths = {len(group) for group in completions}
     if len(prompt_ids) != len(completions) or len(widths) != 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bridge_rl.errors import UserError
@@ -136,7 +137,7 @@ def make_rows(
     for place, (prompt, wide) in enumerate(zip(prompt_ids, widths, strict=True)):
         if wide < 1:
             raise UserError(f"width is {wide} for prompt {place}: it must be at least 1.")
-        if isinstance(prompt, int | str):
+        if np.ndim(prompt) != 1:
             raise UserError(f"Prompt {place} is {prompt!r:.60}: give each prompt as a list of token ids.")
         if not len(prompt):
             raise UserError(f"Prompt {place} has no tokens: give every group at least one.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "seed"):
             check_kind(name, getattr(self, name), Integral)
+        for name in ("temperature", "top_p"):
+            check_kind(name, getattr(self, name), Real)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
         # Below these the scaled logits overflow, or no token is left, in float32.

@@ -325,6 +325,7 @@ def test_truncated_sampling_stays_inside_its_set(options, allowed):
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": None}, "temperature is None: it must be a number"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"seed": -1}, "seed"),
@@ -347,6 +348,8 @@ def test_an_empty_prompt_is_refused(bridged):
     [
         ([5, 6, 7], "Prompt 0 is 5: give each prompt as a list of token ids"),
         (["What is 2 + 2?"], "Prompt 0 is 'What is 2"),
+        (torch.tensor([5, 6]), "Prompt 0 is tensor(5): give each prompt as a list of token ids"),
+        ([[[5, 6]]], "Prompt 0 is [[5, 6]]: give each prompt as a list of token ids"),
         ([[5], [6, 50]], "Prompt 1 has tokens from 6 to 50, and the model knows 0 to 49"),
         ([[5], [-1, 6]], "Prompt 1 has tokens from -1 to 6"),
     ],
@@ -354,6 +357,14 @@ def test_an_empty_prompt_is_refused(bridged):
 def test_prompts_that_are_no_token_ids_of_the_model_are_refused(prompts, message):
     with pytest.raises(UserError, match=re.escape(message)):
         br.generate_groups(make_base("llama"), prompts, 2, PARAMS)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_prompts_and_completions_may_be_arrays(kind):
+    model, prompts, completions = make_bridged("llama"), [[5, 6], [7, 8]], [[[3], [4]], [[5], [6]]]
+    expected = br.group_logprobs(model, prompts, completions)
+    assert br.group_logprobs(model, kind(prompts), kind(completions)) == expected
+    assert br.generate_groups(model, kind(prompts), 2, PARAMS) == br.generate_groups(model, prompts, 2, PARAMS)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
