@@ -44,7 +44,7 @@ def sibling_bias(circle_of_row: Tensor, alive: Tensor) -> Tensor:
     """
     same = circle_of_row[:, None] == circle_of_row[None, :]
     itself = torch.eye(len(alive), dtype=torch.bool, device=alive.device)
-    bias = torch.zeros(same.shape, device=alive.device)
+    bias = torch.zeros(same.shape, dtype=torch.float32, device=alive.device)
     return bias.masked_fill_(~((same & alive) | itself), float("-inf"))
 
 

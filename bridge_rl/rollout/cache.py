@@ -141,7 +141,7 @@ def _sum_by_owner(x: Tensor, table: PageTable, num_owners: int) -> Tensor:
 
 
 def _as_bias(seen: Tensor) -> Tensor:
-    bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, MASKED)
+    bias = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill_(~seen, MASKED)
     return bias[:, None, None, :]
 
 

@@ -73,7 +73,8 @@ def group_uniforms(seed: int, indices: Sequence[int], width: int, steps: int) ->
     draws = []
     for index in indices:
         state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-        draws.append(torch.rand(steps, width, generator=torch.Generator().manual_seed(state)))
+        generator = torch.Generator().manual_seed(state)
+        draws.append(torch.rand(steps, width, generator=generator, dtype=torch.float32))  # whatever torch's default is
     return merge_rows(torch.stack(draws).permute(0, 2, 1)).T.contiguous()
 
 

@@ -278,6 +278,17 @@ def test_tokens_depend_on_seed_and_index(bridged):
     assert other[0].tokens != first.tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_tokens_do_not_depend_on_torchs_default_dtype(dtype):
+    model = make_bridged("llama")
+    expected = br.generate_groups(model, PROMPTS, 3, PARAMS)
+    torch.set_default_dtype(dtype)
+    try:
+        assert br.generate_groups(model, PROMPTS, 3, PARAMS) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_siblings_change_what_a_row_says(bridged):
     """At equal draws, a row's tokens differ with the Bridge on and off."""
     linked = br.generate_groups(bridged, PROMPTS, 4, PARAMS)
