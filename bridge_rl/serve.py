@@ -21,14 +21,12 @@ from threading import Event
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-from jinja2 import TemplateError
 from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from bridge_rl.data import prompt_tokens
 from bridge_rl.errors import UserError, first_line
-from bridge_rl.evaluation.command import load_for_sampling
+from bridge_rl.evaluation.command import load_for_sampling, read_prompt
 from bridge_rl.evaluation.run import eos_ids
 from bridge_rl.evaluation.samples import decode_behind
 from bridge_rl.rollout import RolloutOptions, SamplingParams, generate_groups
@@ -220,19 +218,6 @@ def check_fields(fields: Fields, name: str, max_tokens: int, max_width: int) -> 
         value = getattr(fields, key)
         if value is not None and not low <= value <= high:
             raise UserError(f"{key} is {value}: it must be from {low} to {high}.")
-
-
-def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    """The tokens of a text or of messages. Raises UserError if there are none, or the chat template refuses them."""
-    try:
-        [ids] = prompt_tokens(tokenizer, [prompt])
-    except (TemplateError, TypeError, ValueError) as error:  # such as roles in an order that the template does not know
-        if isinstance(prompt, str):
-            raise
-        raise UserError(f"messages: the model's chat template refuses them: {error}") from error
-    if not ids:
-        raise UserError("The prompt has no tokens: it needs at least one.")
-    return ids
 
 
 def refuse(request: Request, error: Exception) -> JSONResponse:

@@ -139,6 +139,13 @@ def test_a_prompt_of_bytes_that_are_no_text_is_refused(capsys):
     assert error == "error: The prompt is not valid UTF-8: give it in the encoding of the terminal."
 
 
+def test_a_chat_template_that_refuses_the_prompt_is_one_sentence(tmp_path, capsys):
+    shutil.copytree(TINY_MODEL, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('a system prompt is needed') }}")
+    [*_, error] = error_lines(["generate", "--model", str(tmp_path / "model"), "2+2"], capsys)
+    assert error == "error: The model's chat template refuses the messages: a system prompt is needed"
+
+
 # -- keys and values --------------------------------------------------------------------------------------------------
 
 OVERRIDES = {

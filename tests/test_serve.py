@@ -213,7 +213,7 @@ def test_a_template_that_refuses_the_messages_is_the_users_mistake(model, templa
         "/v1/chat/completions", json={"messages": CHAT}
     )
     assert response.status_code == 400
-    assert f"messages: the model's chat template refuses them: {reason}" in response.json()["error"]["message"]
+    assert f"The model's chat template refuses the messages: {reason}" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.cli import parse_numbers
@@ -135,13 +136,26 @@ def generate(args: argparse.Namespace) -> None:
     prompt: Any = args.prompt
     if tokenizer.chat_template is not None:
         prompt = [{"role": "user", "content": args.prompt}]
-    [ids] = prompt_tokens(tokenizer, [prompt])
+    ids = read_prompt(tokenizer, prompt)
     limit = length_limit(model.config, len(ids), args.max_new_tokens, GENERATED_TOKENS)
     params = SamplingParams(limit, args.temperature, seed=args.seed, eos_token_id=eos_ids(model, tokenizer))
     [group] = generate_groups(model, [ids], args.width, params)
     for number, (tokens, reason) in enumerate(zip(group.tokens, group.finish_reasons, strict=True)):
         print(f"--- row {number} ({len(tokens)} tokens, {reason})")
         print(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """The tokens of a text or of messages. Raises UserError if there are none, or the chat template refuses them."""
+    try:
+        [ids] = prompt_tokens(tokenizer, [prompt])
+    except (TemplateError, TypeError, ValueError) as error:  # such as roles in an order that the template does not know
+        if isinstance(prompt, str):
+            raise
+        raise UserError(f"The model's chat template refuses the messages: {error}") from error
+    if not ids:
+        raise UserError("The prompt has no tokens: it needs at least one.")
+    return ids
 
 
 def load_for_sampling(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
