@@ -22,7 +22,7 @@ from transformers.utils import logging
 from bridge_rl.block import BridgeConfig
 from bridge_rl.errors import UserError, first_line
 from bridge_rl.fingerprint import fingerprint
-from bridge_rl.surgery import attach_bridge, bridge_parameters, find_state, has_bridge
+from bridge_rl.surgery import attach_bridge, bridge_parameters, check_takes_bridge, find_state
 
 CONFIG_FILE = "bridge_config.json"
 WEIGHTS_FILE = "bridge.safetensors"
@@ -163,6 +163,7 @@ def load_bridge(
         if base_model is None:
             options = content.get("base_options", {}) | options
         base = _load_base(directory, base_model or content["base"], content.get("quantization"), options)
+    check_takes_bridge(base)
     found = fingerprint(base)
     if found != content["base_fingerprint"]:
         rounded = ", or load it in bfloat16 or float32, since float16 rounds weights away, and call .half() then"
@@ -170,8 +171,7 @@ def load_bridge(
             f"{directory} was trained on another base ({content['base']}, fingerprint {content['base_fingerprint']}, "
             f"found {found}): pass the right one as base_model{rounded if base.dtype == torch.float16 else ''}."
         )
-    if not has_bridge(base):
-        base.config.bridge = None  # of a base that was a whole Bridge model: these blocks take the place of its own
+    base.config.bridge = None  # of a base that was a whole Bridge model: these blocks take the place of its own
     model = attach_bridge(base, config, options_of_base(options))
     if is_adapter:
         from peft import PeftModel
@@ -254,9 +254,13 @@ def read_blocks(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(directory: Path) -> dict[str, Tensor]:
-    """The blocks in a full checkpoint, which may be sharded, or in an adapter's."""
+    """The blocks in a full checkpoint, which may be sharded, or in an adapter's.
+
+    Of the files that its library loads, whatever else lies beside them.
+    """
+    files = ("adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors")
     tensors: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in next(filter(None, (sorted(directory.glob(name)) for name in files)), []):
         tensors |= {name: tensor for name, tensor in read_blocks(path).items() if ".bridge." in name}
     return tensors
 

@@ -94,24 +94,10 @@ def attach_bridge(
     Raises ValueError for a model family that is not served, a layer that does not exist, a model that has blocks or an
     adapter or is spread over devices, and one whose blocks were dropped when it was loaded.
     """
-    if hasattr(model, "peft_config"):
-        raise UserError("The model is wrapped by PEFT: attach the Bridge to the base before the adapter.")
-    family = model.config.model_type
-    if family not in SERVED_FAMILIES:
-        raise UserError(
-            f"Bridge does not serve the model family '{family}' ({type(model).__name__}): "
-            f"use one of {', '.join(SERVED_FAMILIES)}."
-        )
-    if has_bridge(model):
-        raise UserError("This model has a Bridge already: load the base again to attach another.")
+    check_takes_bridge(model)
     if getattr(model.config, "bridge", None):
         raise UserError("This model was saved with a Bridge, which a plain load has dropped: load it with load_bridge.")
     backbone = model.base_model
-    if any("forward" in vars(layer) for layer in backbone.layers):  # which goes before that of a class
-        raise UserError(
-            "The model's layers run a forward of their own, as a device_map over several devices gives them, which "
-            'would leave the blocks out: load the model on one device, such as device_map={"": 0}.'
-        )
     carriers = layer_indices(config, len(backbone.layers))
     base_name = str(getattr(model.config, "_name_or_path", ""))
     state = BridgeState(config, fingerprint(model), base_name, base_options or {})
@@ -126,6 +112,25 @@ def attach_bridge(
     backbone.register_forward_pre_hook(_give_alive, with_kwargs=True)
     model.config.bridge = config.to_dict()
     return model
+
+
+def check_takes_bridge(model: PreTrainedModel) -> None:
+    """Raise UserError for a model that no blocks can be put into, by what it is and not by where it comes from."""
+    if hasattr(model, "peft_config"):
+        raise UserError("The model is wrapped by PEFT: attach the Bridge to the base before the adapter.")
+    family = model.config.model_type
+    if family not in SERVED_FAMILIES:
+        raise UserError(
+            f"Bridge does not serve the model family '{family}' ({type(model).__name__}): "
+            f"use one of {', '.join(SERVED_FAMILIES)}."
+        )
+    if has_bridge(model):
+        raise UserError("This model has a Bridge already: load the base again to attach another.")
+    if any("forward" in vars(layer) for layer in model.base_model.layers):  # which goes before that of a class
+        raise UserError(
+            "The model's layers run a forward of their own, as a device_map over several devices gives them, which "
+            'would leave the blocks out: load the model on one device, such as device_map={"": 0}.'
+        )
 
 
 def layer_indices(config: BridgeConfig, num_layers: int) -> set[int]:

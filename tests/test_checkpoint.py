@@ -264,6 +264,22 @@ def test_a_base_that_cannot_take_blocks_stays_as_it_was(tmp_path):
         br.load_bridge(tmp_path / "bridge", get_peft_model(make_base("llama"), LoraConfig(target_modules=["q_proj"])))
 
 
+def test_a_base_over_several_devices_is_told_from_a_wrong_one(tmp_path):
+    make_base("llama").save_pretrained(tmp_path / "base")
+    br.save_bridge(attach_to(tmp_path / "base"), tmp_path / "bridge")
+    places = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(UserError, match="load the model on one device"):
+        br.load_bridge(tmp_path / "bridge", device_map=places, offload_folder=tmp_path / "offload")
+
+
+def test_blocks_come_from_the_file_that_the_base_comes_from(tmp_path):
+    model = make_bridged("llama")
+    br.save_bridge(switch_on(model, seed=2), tmp_path, merged=True)
+    shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "model_of_before.safetensors")
+    br.save_bridge(switch_on(model), tmp_path, merged=True)
+    assert torch.equal(logits(br.load_bridge(tmp_path)), logits(model))
+
+
 def test_a_base_in_float16_is_told_from_a_wrong_one(base_directory, tmp_path):
     model = attach_to(base_directory)
     br.save_bridge(model, tmp_path / "bridge")
