@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from synthetic import made_groups, policy, renamed
 
-from bridge_rl.evaluation.controls import at_equal_cost, decimal, judge_controls
+from bridge_rl.evaluation.controls import (
+    Tested,
+    at_equal_cost,
+    decimal,
+    fell,
+    gain_is_elsewhere,
+    judge_controls,
+    tested,
+)
+from bridge_rl.evaluation.results import Comparison, Estimate
 
 
 def outcomes(copy, seeds):
@@ -38,6 +47,7 @@ def test_helpful_siblings_are_said_to_help_with_the_numbers(helped):
     assert "at width 1 (difference ." in first
     assert "with the Bridge disabled (difference ." in first
     assert "95 % interval ." in first
+    assert first.count(", p .0003)") == 3  # the least there is, 1 / 10,001, times three
     assert helped.by_width[0].by_control == {"shuffled": "helps", "width 1": "helps", "disabled": "helps"}
 
 
@@ -152,6 +162,55 @@ def test_every_width_gets_a_verdict_and_all_are_corrected_together():
     found = judge_controls(groups)
     assert [verdict.width for verdict in found.by_width] == [2, 4]
     assert "6 comparisons of pass@1" in found.verdicts[-1]
+    assert "4 comparisons of majority votes" in found.verdicts[-1]
+    assert found.verdicts[1].count(", p .0006)") == 3
+
+
+def made_test(control, value, high=1.0, p=0.01, uncorrected=0.01):
+    found = Comparison("", "pass@1", "", "", Estimate(value, value - 0.01, high), uncorrected, 10)
+    return Tested(4, control, found, 0.5, 0.5, p)
+
+
+def test_an_effect_is_one_by_the_corrected_p():
+    assert made_test("disabled", 0.1, p=0.06, uncorrected=0.03).outcome == "no difference found"
+    assert [made_test("disabled", value).outcome for value in (0.1, -0.1)] == ["helps", "hurts"]
+
+
+@pytest.mark.parametrize(("high", "elsewhere"), [(0.04, True), (0.06, False)])
+def test_shuffled_siblings_do_as_well_where_less_than_half_of_the_smallest_gain_may_be_lost(high, elsewhere):
+    tests = [made_test("shuffled", 0.01, high, p=0.5), made_test("width 1", 0.1), made_test("disabled", 0.2)]
+    assert gain_is_elsewhere(tests) is elsewhere
+
+
+def test_coverage_fell_only_where_accuracy_rose_against_the_same_rows():
+    lost = made_test("width 1", -0.1)
+    assert fell(lost, [made_test("width 1", 0.1)])
+    assert not fell(lost, [made_test("disabled", 0.1), made_test("width 1", 0.1, p=0.5)])
+
+
+def test_a_control_is_compared_on_the_problems_that_both_have():
+    found = tested(4, "disabled", "", "pass@1", {0: 0.5, 1: 0.75, 2: 0.0}, {0: 0.25, 1: 0.5, 3: 1.0}, "a", "b")
+    assert (found.first, found.second) == (0.625, 0.375)
+    assert found.comparison.difference.value == pytest.approx(0.25)
+
+
+def test_shuffled_siblings_alone_do_not_show_that_siblings_help():
+    """They may distract."""
+    found = judge_controls([g for g in policy(0, 0.3) if g.width == 4])
+    assert found.verdicts[0].startswith("At width 4 own siblings do better than shuffled ones: pass@1 ")
+
+
+def test_of_disabled_rows_of_another_width_those_of_the_most_are_taken():
+    rng = np.random.default_rng(0)
+    difficulty = np.full(20, 0.5)
+    groups = [
+        *made_groups(rng, difficulty, "model", 4, 2),
+        *made_groups(rng, difficulty, "disabled", 1, 4),
+        *made_groups(rng, difficulty, "disabled", 2, 4),
+    ]
+    assert judge_controls(groups).comparisons[0].second == "disabled, width 2"
+    groups += made_groups(rng, difficulty, "disabled", 4, 1)
+    assert judge_controls(groups).comparisons[0].second == "disabled, width 4"
 
 
 def test_without_controls_there_is_nothing_to_say():

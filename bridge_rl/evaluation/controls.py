@@ -192,7 +192,7 @@ def sibling_sentence(width: int, tests: Sequence[Tested]) -> str:
 def headline(tests: Sequence[Tested]) -> str:
     outcomes = {test.control: test.outcome for test in tests}
     shuffled = outcomes.pop("shuffled", None)
-    if shuffled == "helps" and set(outcomes.values()) <= {"helps"}:
+    if shuffled == "helps" and set(outcomes.values()) == {"helps"}:
         return "siblings help"
     parts = [_against_alone(outcomes)] if outcomes else []
     if shuffled == "helps":
@@ -280,7 +280,7 @@ def at_equal_cost(
     found: list[Aggregated] = []
     for width in [width for condition, width in settings if condition == "model"]:
         mine = settings["model", width]
-        arms = [settings[key] for key in independent_arms(settings, width).values() if key != ("model", width)]
+        arms = [settings[key] for key in independent_arms(settings, width).values()]
         for method in methods:
             found.append(aggregate_answers(mine, method))
             found += [aggregate_answers(alone, method, samples_at_equal_cost(mine, alone)) for alone in arms]
