@@ -1,6 +1,7 @@
 """A row among siblings whose words are given, against the rollout and the full-sequence oracle; and the bookkeeping."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from bridge_rl.evaluation.counterfactual import (
     Outcome,
     SampledRow,
     choose_trials,
+    compare,
     run_counterfactuals,
     summarize,
 )
 from bridge_rl.evaluation.forced import ForcedGroup, in_batches, sample_free_rows, score_free_rows
 from bridge_rl.evaluation.judge import Judged
-from bridge_rl.evaluation.probes import run_probes
+from bridge_rl.evaluation.probes import probe_blocks, run_probes
 from bridge_rl.evaluation.samples import SampledGroup
 from bridge_rl.surgery import find_state
 
@@ -119,6 +121,7 @@ def test_batches_hold_what_fits_and_at_least_one():
     shapes = [(2, 4, 6), (2, 1, 9), (2, 1, 1)]
     assert list(in_batches(shapes, lambda shape: shape, 52)) == [shapes[:2], shapes[2:]]
     assert list(in_batches(shapes, lambda shape: shape, 51)) == [shapes[:1], shapes[1:]]
+    assert list(in_batches(shapes, lambda shape: shape, 39)) == [[shape] for shape in shapes]
     assert list(in_batches(shapes, lambda shape: shape, 1)) == [[shape] for shape in shapes]
 
 
@@ -205,6 +208,13 @@ def test_a_forced_group_keeps_the_rows_place_and_gives_strangers_their_prompts()
     assert sorted(map(len, forced.prompts)) == [1, 2, 3]
     for prompt, completion in zip(forced.prompts, forced.completions, strict=True):
         assert completion[0] == 10 + len(prompt) - 1, "words and prompt are of different problems"
+
+
+def test_outcomes_by_hand():
+    trials = choose_trials([sampled(0, 0, [True, False, False]), sampled(1, 0, [True] * 3)], 64, 0)
+    judged = [Judged(["0/0/1"], [False], ["ok"]), Judged(["else"], [True], ["ok"])]
+    found = compare(trials, judged, [-6.0, -2.0], before=[-4.0, -4.0])  # of four tokens each
+    assert found == [Outcome(0, False, False, -0.5), Outcome(0, True, True, 0.5)]
 
 
 def test_every_problem_weighs_the_same():
@@ -316,6 +326,7 @@ def test_own_siblings_change_nothing_and_others_do(temperature):
         assert abs(other.logprob.value) > 1e-3
     assert told[-1] == (4 * own.rows, 4 * own.rows)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert len(told) == 4 * math.ceil(own.rows / 2)  # two groups of three rows at once
 
 
 def test_draws_of_another_seed_show_in_the_noise_floor():
@@ -336,16 +347,20 @@ def test_rows_that_cannot_hear_each_other_are_not_tried():
     assert run_counterfactuals(model, Tokenizer(), ROWS, PROMPTS, groups, PARAMS, index_of, judge) == []
 
 
-def test_probes_of_an_evaluation_take_one_width_of_the_model_as_it_is():
+def test_probes_of_an_evaluation_take_one_width_of_the_model_as_it_is(monkeypatch):
+    """And watch the blocks on so many groups at most: here on the first of each problem."""
+    monkeypatch.setattr("bridge_rl.evaluation.probes.WATCHED", len(PROMPTS))
     model = make_bridged("llama")
     groups = sample_two_groups_a_problem(model)
-    others = sample_two_groups_a_problem(model, width=2)
+    others = [*sample_two_groups_a_problem(model, width=2), replace(groups[0], condition="shuffled")]
+    first = probe_blocks(model, PROMPTS, [group.tokens for group in groups if group.group == 0])
     state = find_state(model)
     state.width, state.enabled = 2, False
     model.train()
     found = run_probes(model, Tokenizer(), ROWS, [*others, *groups], WIDTH, PARAMS, index_of, judge, max_rows=4)
     assert (state.width, state.enabled, model.training) == (2, False, True)
-    assert (found.width, found.groups, found.layers) == (3, 8, [0, 1, 2])
+    assert replace(found, counterfactuals=first.counterfactuals) == first
+    assert (found.width, found.groups, found.layers) == (3, 4, [0, 1, 2])
     assert [result.rows for result in found.counterfactuals] == [4] * 4
     assert all(math.isfinite(result.changed.value) for result in found.counterfactuals)
     with pytest.raises(UserError, match="no groups of width 8"):

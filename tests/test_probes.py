@@ -201,11 +201,14 @@ def test_bfloat16_agrees_within_its_rounding(family):
 
 
 def test_the_model_is_left_as_it_was(monkeypatch):
-    model = make_bridged("llama").train()
+    model = make_bridged("llama", attention_dropout=0.5)
+    expected = probe_blocks(model, PROMPTS, COMPLETIONS)
+    model.train()
     state = find_state(model)
     state.width, state.enabled = 2, False
     before = hooks_of(model)
     found = probe_blocks(model, PROMPTS, COMPLETIONS)
+    assert found == expected, "there was dropout"
     assert min(found.norm_ratio) > 0.01, "the blocks were not switched on"
     assert (model.training, state.width, state.enabled, hooks_of(model)) == (True, 2, False, before)
 

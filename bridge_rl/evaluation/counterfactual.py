@@ -179,7 +179,7 @@ def more_often_right(first: Sequence[Outcome], second: Sequence[Outcome]) -> Est
 def choose_trials(groups: Sequence[SampledGroup], max_rows: int, seed: int) -> list[Trial]:
     """At most `max_rows` wrong rows with siblings of every kind, in the order of their problems; chosen by `seed`.
 
-    A row that was cut short or could not be judged is neither tried nor put beside one.
+    A row that could not be judged is neither tried nor put beside one.
     """
     rows = [row for group in sorted(groups, key=lambda group: group.key) for row in judged_rows(group)]
     of_problem: dict[int, list[SampledRow]] = {}
@@ -197,7 +197,7 @@ def choose_trials(groups: Sequence[SampledGroup], max_rows: int, seed: int) -> l
 
 def judged_rows(group: SampledGroup) -> Iterator[SampledRow]:
     for place, verdict in enumerate(group.verdicts):
-        if verdict in ("ok", "unparsed") and group.finish_reasons[place] != "abort":
+        if verdict in ("ok", "unparsed"):
             yield SampledRow(group, place)
 
 
