@@ -18,6 +18,7 @@ from bridge_rl.evaluation.aggregate import (
     samples_at_equal_cost,
     summarize,
 )
+from bridge_rl.evaluation.intervals import estimate, paired_estimates
 from bridge_rl.evaluation.results import Results, read_results, write_results
 
 
@@ -92,6 +93,7 @@ def test_a_comparison_by_hand():
     found = compare(first, second, "pass@1", "siblings")
     assert found.difference.value == pytest.approx((0.5 + 1 + 1) / 3)
     assert found.p == pytest.approx(2 / 8)  # all three favour the first
+    assert found.difference == paired_estimates(np.array([[0.5], [1.0], [1.0]]), [1.0])[0]
     assert (found.problems, found.first, found.second) == (3, "model, width 2", "shuffled, width 2")
     assert compare(second, first, "pass@1", "siblings", "a", "b").difference.value == pytest.approx(-2.5 / 3)
 
@@ -104,6 +106,13 @@ def test_the_interval_of_a_paired_difference_is_narrower_than_that_of_either_sid
     [side] = summarize(model)
     value = side.metrics["pass@1"]
     assert difference.high - difference.low < value.high - value.low
+
+
+def test_a_difference_in_distinct_answers_may_be_as_large_as_the_width():
+    first = [make_group([False] * 4, problem=p) for p in range(3)]  # four answers each
+    second = [make_group([True] * 4, problem=p) for p in range(3)]
+    found = compare(first, second, "distinct", "siblings")
+    assert found.difference == paired_estimates(np.full((3, 1), 3.0), [4.0])[0]
 
 
 def test_lengths_can_be_compared():
@@ -134,6 +143,8 @@ def test_regrouping_keeps_every_row_and_its_order():
     assert [g.correct_at for g in found] == [{8: [True] * 3}] * 2
     assert [(g.width, g.group) for g in found] == [(3, 0), (3, 1)]
     assert len(regroup([make_group([True] * 4, condition="disabled")], 2)) == 2
+    groups[1] = replace(groups[1], correct_at={})  # a limit that not all rows of the problem were judged at
+    assert [g.correct_at for g in regroup(groups, 3)] == [{}, {}]
 
 
 @pytest.mark.parametrize("condition", ["model", "shuffled"])
@@ -148,7 +159,7 @@ def test_majority_and_best_of_n_by_hand():
         make_group([False, False, True], answers=["5", "6", "4"], problem=1, logprobs=[-9.0, -8.0, -1.0]),  # tie: "5"
     ]
     majority, best = aggregate_answers(groups, "majority"), aggregate_answers(groups, "best-of-n")
-    assert (majority.accuracy.value, best.accuracy.value) == (0.5, 0.5)
+    assert (majority.accuracy, best.accuracy) == (estimate([[1.0], [0.0]]), estimate([[0.0], [1.0]]))
     assert (majority.method, majority.condition, majority.width, majority.samples) == ("majority", "model", 3, 3)
     assert majority.tokens == 12.0
 
@@ -217,20 +228,34 @@ def test_equal_cost_ends_at_what_was_sampled():
     bridge = [make_group([True] * 4, lengths=[10] * 4)]
     alone = [make_group([True], lengths=[4], group=g) for g in range(5)]
     assert samples_at_equal_cost(bridge, alone) == 5  # ten would cost as much
+    bridge += [make_group([True] * 4, problem=1, lengths=[10] * 4)]
+    alone += [make_group([True], problem=1, lengths=[4], group=g) for g in range(7)]
+    assert samples_at_equal_cost(bridge, alone) == 5  # as every problem has
+    assert samples_at_equal_cost([make_group([True] * 2, lengths=[0, 1])], alone) == 1
+
+
+def test_what_a_group_costs_is_a_mean_over_problems():
+    """Of 2 tokens in each of three groups of one problem, and of 10 in the one group of another."""
+    groups = [make_group([True], lengths=[2], group=g) for g in range(3)] + [
+        make_group([True], problem=1, lengths=[10])
+    ]
+    assert aggregate_answers(groups).tokens == 6.0
 
 
 def test_a_length_curve_by_hand():
     cut = {2: [False, False], 4: [True, False], 8: [True, True]}
     group = replace(
-        make_group([True, True], lengths=[3, 8]), correct_at=cut, finish_reasons=["stop", "length"], condition="model"
+        make_group([True, True], lengths=[4, 8]), correct_at=cut, finish_reasons=["stop", "length"], condition="model"
     )
     other = replace(
         make_group([False, False], problem=1, lengths=[1, 1]), correct_at={n: [False] * 2 for n in (2, 4, 8)}
     )
-    found = length_curve([group, other])
+    # The second problem has one group more, and weighs the same.
+    found = length_curve([group, other, replace(other, group=1)])
     assert [point.limit for point in found] == [2, 4, 8]
-    assert [point.accuracy.value for point in found] == [0.0, 0.25, 0.5]
-    # At 2 both rows of the first problem are longer, at 4 the second, at 8 sampling itself stopped there.
+    assert [point.accuracy for point in found] == [estimate([[right], [0.0, 0.0]]) for right in (0.0, 0.5, 1.0)]
+    # At 2 both rows of the first problem are longer, at 4 the second (the first ends there), at 8 sampling itself
+    # stopped there.
     assert [point.truncated for point in found] == [0.5, 0.25, 0.25]
 
 

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bridge_rl.evaluation.intervals import SEED, estimate, estimates, holm, paired_estimates, sign_flip_p
+from bridge_rl.evaluation.intervals import (
+    SEED,
+    end_weights,
+    estimate,
+    estimates,
+    holm,
+    paired_estimates,
+    resample_weights,
+    sign_flip_p,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,6 +100,37 @@ def test_problems_without_a_value_are_left_out():
     assert 0 < found.low < 0.4 < found.high < 1
 
 
+@pytest.mark.parametrize(
+    ("values", "limits", "ends"),
+    [
+        ([0.6, 0.2, 0.2, 0.4], (0.0, math.inf), []),
+        # r = s / sqrt(m (1 - m))
+        ([0.6, 0.2, 0.2, 0.4], (0.0, 1.0), [(0.0, 1.0, math.sqrt(0.11 / 3 / (0.35 * 0.65)))]),
+        ([1.0, 0.0, 0.0, 1.0], (0.0, 1.0), [(0.0, 1.0, 1.0)]),
+        # r = s / sqrt((m + 1) (1 - m)), and the root of (.36 + .04) / 2, of the two that are not 0
+        ([0.6, 0.0, 0.0, -0.2], (-1.0, 1.0), [(-1.0, 1.0, math.sqrt(0.12 / 0.99)), (-(0.2**0.5), 0.2**0.5, 0.7)]),
+    ],
+)
+def test_an_interval_has_the_quantiles_that_its_module_says(values, limits, ends):
+    """Of five problems, of which the last has no value; with two ends they are paired differences."""
+    weights = resample_weights(5)[:, :4].astype(np.float64)
+    means, total = weights @ values, weights.sum(axis=1)
+    for number, (below, above, ratio) in enumerate(ends):
+        pair = end_weights(ratio, number)
+        means, total = means + below * pair[0] + above * pair[1], total + pair.sum(axis=0)
+    reach = stats.t.ppf(0.975, 3) * (1 if ends else math.sqrt(5 / 3))  # the weights' own variance is s^2 / 5 3 / 4
+    expected = np.quantile(means / total, stats.norm.cdf([-reach, reach]))
+    [found] = estimates(np.array([*values, np.nan])[:, None], [limits], paired=len(ends) == 2)
+    assert found.value == pytest.approx(np.mean(values))
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-5)
+
+
+def test_neither_bound_is_favoured_and_each_pair_of_ends_has_draws_of_its_own():
+    first, second = end_weights(0.7, 0), end_weights(0.7, 1)
+    assert sorted(first[0]) == sorted(first[1])
+    assert not set(first[0]) & set(second[0])
+
+
 def simulated(problems, rate, simulations):
     """[problems, simulations] means of 4 groups of 4 rows, whose wrong rows copy a right sibling with chance .3."""
     rng = np.random.default_rng([problems, int(100 * rate)])
@@ -148,6 +188,8 @@ def test_a_sign_flip_p_by_hand():
     # Sums of 4 or more in size: +-6, and +-4 by turning the 1.
     assert sign_flip_p([-1.0, 2.0, 3.0]) == pytest.approx(4 / 8)
     assert sign_flip_p([0.0, 0.0]) == 1.0
+    # Five tenths with any signs: no sum is nearer to 0 than a tenth, but for rounding.
+    assert sign_flip_p([0.1, 0.1, 0.1, -0.1, -0.1]) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -71,6 +71,12 @@ def test_impossible_counts_are_refused(arguments):
         br.g_pass_at_k(*arguments, 0.5)
 
 
+@pytest.mark.parametrize("tau", [-0.1, 1.1])
+def test_a_threshold_that_is_no_share_is_refused(tau):
+    with pytest.raises(ValueError, match="must be between 0 and 1"):
+        br.g_pass_at_k(4, 2, 4, tau)
+
+
 def test_the_majority_wins_and_the_earliest_of_a_tie():
     assert br.majority_vote(["1", "2", "2"]) == "2"
     assert br.majority_vote(["3", "1", "1", "3"]) == "3"
