@@ -105,6 +105,7 @@ def test_cutting_groups_is_a_conflict():
         ),
         (["update.token_budget=999", "training.entropy_coef=0.1"], "token_budget is set with training.entropy_coef"),
         (["update.token_budget=999", "training.use_adaptive_entropy=true"], "set with training.use_adaptive_entropy"),
+        (["update.token_budget=999", "training.top_entropy_quantile=0.2"], "set with training.top_entropy_quantile"),
         (["train=lora", "training.cast_lm_head_to_fp32=true"], "TRL cannot where the embedding is the head"),
         (["training.router_aux_loss_coef=0.1"], "router_aux_loss_coef is 0.1, but llama has no experts"),
         (["training.log_level=loud"], "training.log_level is 'loud': use one of detail, debug"),

@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import bridge_rl as br
-from bridge_rl.meters import StepMeter, find_blocks, record_norm_ratios
+from bridge_rl.meters import GenerationMeter, StepMeter, find_blocks, record_norm_ratios
 from bridge_rl.report import names
+from bridge_rl.rollout.request import RolloutStats
 from bridge_rl.surgery import group_width
 
 WIDTH = 2
@@ -138,6 +139,22 @@ def test_a_step_meter_shares_out_its_time(monkeypatch):
         }
     )
     assert meter.take(0.0, 0.0) == {}
+
+
+def test_the_rollouts_of_a_generation_batch_are_added_up():
+    """Two of 2 and 3 s, one after the other: what they took is added, but the cache was used again."""
+    meter = GenerationMeter(reward_seconds=1.5)
+    meter.add(2.0, 40, [True, False, False], RolloutStats(steps=5, row_steps=15, peak_cache_tokens=90, preempted=1))
+    meter.add(3.0, 60, [True], RolloutStats(steps=15, row_steps=25, peak_cache_tokens=70, preempted=2))
+    assert meter.metrics() == {
+        names.ROLLOUT_SECONDS: 5.0,
+        names.ROLLOUT_TOKENS_PER_SECOND: 20.0,
+        names.ROLLOUT_TRUNCATED: 0.5,
+        names.ROLLOUT_ROWS_PER_STEP: 2.0,
+        names.ROLLOUT_CACHE_TOKENS: 90,
+        names.ROLLOUT_PREEMPTED: 3,
+        names.REWARD_SECONDS: 1.5,
+    }
 
 
 def steps_of(trainer):

@@ -3,17 +3,21 @@
 import random
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import make_bridged
 
 from bridge_rl.group import sibling_bias
+from bridge_rl.rollout import budget
+from bridge_rl.rollout.budget import bytes_per_token, free_memory, prompt_page_for
 from bridge_rl.rollout.cache import MASKED, Part, attend_pages, join
 from bridge_rl.rollout.packing import packed_weights
 from bridge_rl.rollout.pages import Pages, PageTable
-from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, invert_cdf
+from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, invert_cdf, stream_seed
 
 LIKE = [torch.zeros(1, 2, 1, 4)] * 3  # three layers, two heads of size 4
 
@@ -103,6 +107,51 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform):
     tokens, logprobs = draw_tokens(logits[None], torch.tensor([uniform]), SamplingParams(1))
     assert tokens.item() in (3, 140, 255)
     assert logprobs.item() == pytest.approx(logits.log_softmax(-1)[tokens].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 2}, {0, 2}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+        ({"top_p": 0.45}, {0}),
+        ({"top_p": 0.55}, {0, 2}),
+        ({"top_p": 0.85}, {0, 1, 2}),
+        ({"top_k": 2, "top_p": 0.6}, {0}),  # of the two that are left it has 0.625
+    ],
+)
+def test_tokens_are_of_the_smallest_set_and_log_probs_of_the_full_distribution(options, drawn):
+    probs = torch.tensor([0.5, 0.125, 0.3, 0.075])
+    uniforms = (torch.arange(200) + 0.5) / 200
+    tokens, logprobs = draw_tokens(probs.log().expand(200, 4), uniforms, SamplingParams(1, **options))
+    assert set(tokens.tolist()) == drawn
+    torch.testing.assert_close(logprobs, probs.log()[tokens], atol=1e-6, rtol=0)
+    kept = probs[sorted(drawn)] / probs[sorted(drawn)].sum()
+    shares = torch.bincount(tokens, minlength=4)[sorted(drawn)] / 200
+    torch.testing.assert_close(shares, kept, atol=1 / 200, rtol=0)
+
+
+def test_every_use_of_a_seed_has_a_stream_of_its_own():
+    purposes = ("training", "warmup", "evaluation", "refill")
+    seeds = {stream_seed(seed, purpose, n) for seed in range(3) for purpose in purposes for n in (0, 1, 2, 10**6)}
+    assert len(seeds) == 3 * 4 * 4
+
+
+@pytest.mark.parametrize(("lengths", "page"), [([128, 256], 128), ([60, 64], 64), ([96, 96, 64], 32), ([130], 8)])
+def test_prompts_have_the_largest_pages_that_pad_them_little(lengths, page):
+    assert prompt_page_for(lengths) == page
+
+
+def test_the_default_cache_is_what_fits_into_this_ranks_share_of_the_free_memory(monkeypatch):
+    model = make_bridged("llama")  # three layers, two key-value heads of size 8, keys and values of 4 bytes
+    assert bytes_per_token(model) == 2 * 3 * 2 * 8 * 4
+    assert bytes_per_token(model.to(torch.bfloat16)) == 2 * 3 * 2 * 8 * 2
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_memory(torch.device("cpu")) == 500_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 125_000
 
 
 def test_packed_weights_multiply_alike_and_are_gone_afterwards(monkeypatch):

@@ -11,7 +11,8 @@ from bridge_rl.config import UpdateSection
 from bridge_rl.group import rows_of_groups
 from bridge_rl.packed import pack_groups
 from bridge_rl.packed_forward import packed_attention
-from bridge_rl.update import cut_groups, rows_of_parts, sizes_of_groups, take_rows, trim
+from bridge_rl.report import names
+from bridge_rl.update import cut_groups, join_metrics, rows_of_parts, share_of_loss, sizes_of_groups, take_rows, trim
 
 
 def right(lengths, columns=None):
@@ -138,3 +139,53 @@ def test_a_model_that_caps_attention_scores_is_refused():
     assert packed_attention(torch.nn.Module(), q, q, q, None, packed)[0].shape == (1, 3, 1, 4)
     with pytest.raises(ValueError, match="share_prompt=false"):
         packed_attention(torch.nn.Module(), q, q, q, None, packed, softcap=50.0)
+
+
+def test_dropout_reaches_the_attention():
+    torch.manual_seed(0)
+    q = torch.randn(1, 1, 3, 4)
+    ids = torch.ones(1, 2, dtype=torch.long)
+    packed = pack_groups(ids, ids, ids[:, :1], ids[:, :1], 1)
+    without, same, dropped = (
+        packed_attention(torch.nn.Module(), q, q, q, None, packed, dropout=p)[0] for p in (0, 0, 0.5)
+    )
+    assert torch.equal(without, same)
+    assert not torch.equal(without, dropped)
+
+
+def masked(*masks):
+    return {"completion_mask": torch.ones(2, 3, dtype=torch.long), "tool_mask": torch.tensor(masks)}
+
+
+def test_a_part_weighs_what_it_has_of_the_tokens_that_count():
+    part, whole = masked([1, 0, 0], [0, 0, 0]), masked([1, 1, 1], [1, 0, 0])
+    assert share_of_loss("bnpo", part, whole) == 0.25
+    nothing = masked([0, 0, 0], [0, 0, 0])
+    assert share_of_loss("bnpo", nothing, nothing) == 0
+
+
+def test_metrics_of_parts_are_joined_over_all_ranks():
+    """Parts of 4 and 2 counted tokens here and 0 and 6 there, of 6 and 6 tokens and 2 and 2 rows on either rank."""
+    parts = [masked([1, 1, 1], [1, 0, 0]), masked([1, 1, 0], [0, 0, 0])]
+    there = torch.tensor([[6.0, 0.0, 2.0], [6.0, 6.0, 2.0]])
+    accelerator = SimpleNamespace(device="cpu", reduce=lambda mine, reduction: mine + there)
+    nan = float("nan")
+    logged = {
+        "kl": [9.0, 1.0, 4.0],
+        "vespo/phi_seq_mean": [1.0, 4.0],
+        names.RECOMPUTE_KL: [1.0, 4.0],
+        "clip_ratio/low_min": [nan, 4.0],
+        "clip_ratio/high_max": [1.0, nan],
+        "entropy_min": [nan, nan],
+        "once": [7.0],
+    }
+    join_metrics(logged, {"kl": 1}, parts, "token", accelerator)
+    assert logged == {
+        "kl": [9.0, pytest.approx((4 * 1 + 8 * 4) / 12)],
+        "vespo/phi_seq_mean": [2.5],
+        names.RECOMPUTE_KL: [2.5],
+        "clip_ratio/low_min": [4.0],
+        "clip_ratio/high_max": [1.0],
+        "entropy_min": [pytest.approx(nan, nan_ok=True)],
+        "once": [7.0],
+    }
