@@ -135,6 +135,15 @@ def test_no_problem_is_twice_in_a_batch_and_no_group_draws_what_another_drew(tok
             assert (rows == rows[0]).all()
 
 
+def test_every_generation_batch_has_an_order_of_candidates_of_its_own(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, DynamicSampling(1))
+    orders = []
+    for trainer._step in (0, 1):
+        orders.append([example["prompt"] for example in trainer._dynamic._order(set())])
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(PROMPTS)
+
+
 def test_log_probs_of_the_sampling_go_along(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, DynamicSampling(3))
     trainer.train()

@@ -12,7 +12,15 @@ from accelerate import PartialState
 
 from bridge_rl import run_checkpoints
 from bridge_rl.errors import UserError, is_failed_write
-from bridge_rl.run_checkpoints import MANIFEST, checkpoint_to_resume, last_good, numbered, problem_of, writing
+from bridge_rl.run_checkpoints import (
+    MANIFEST,
+    checkpoint_to_resume,
+    last_good,
+    numbered,
+    problem_of,
+    step_of,
+    writing,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +28,10 @@ def one_process():
     PartialState(cpu=True)
 
 
-def write(output: Path, step: int, more: str = "", keep: int | None = None, size: int = 1000) -> Path:
-    with writing(output, step, size, keep) as staging:
+def write(
+    output: Path, step: int, more: str = "", keep: int | None = None, size: int = 1000, protected: int | None = None
+) -> Path:
+    with writing(output, step, size, keep, protected) as staging:
         folder = staging / f"checkpoint-{step}"
         (folder / "global_step").mkdir()
         if more:
@@ -114,6 +124,12 @@ def test_the_oldest_go_only_after_the_newest_is_whole(tmp_path):
             raise RuntimeError("the run broke")
     assert [folder.name for folder in numbered(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert last_good(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_the_checkpoint_of_the_best_step_is_kept_beside_the_newest(tmp_path):
+    for step in (8, 9, 10, 11):
+        write(tmp_path, step, keep=2, protected=8)
+    assert [step_of(folder) for folder in numbered(tmp_path)] == [8, 10, 11]
 
 
 def test_what_does_not_fit_is_not_begun(tmp_path):

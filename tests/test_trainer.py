@@ -1,8 +1,10 @@
 """The trainer keeps groups whole, and its loss and gradients are those of a slow computation."""
 
 import json
+from collections import deque
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_base, make_bridged
@@ -16,7 +18,7 @@ from bridge_rl.config import ModelSection, UpdateSection
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
-from bridge_rl.resume import checkpoint_bytes
+from bridge_rl.resume import _plain, checkpoint_bytes
 from bridge_rl.surgery import find_state, group_width, has_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -258,6 +260,35 @@ def test_lora_trains_adapter_and_blocks_and_keeps_lora_out_of_the_blocks(tokeniz
         torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, atol=1e-6, rtol=0)
 
 
+def test_every_generation_batch_draws_anew(tokenizer, tmp_path):
+    """A run of one prompt, whose weights do not change."""
+    model = make_bridged("llama")
+    trainer = Recording(
+        model,
+        [reward_of_tokens],
+        quiet_config(tmp_path, max_steps=3, learning_rate=0.0, per_device_train_batch_size=8),
+        width=WIDTH,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS[:1]}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert len(set().union(*(as_set(batch["completion_ids"]) for batch in trainer.sampled))) == 3 * 2  # two groups each
+
+
+def test_right_rows_are_counted_by_group_and_by_prompt(tokenizer, tmp_path):
+    """Three prompts of two groups: one all right and one half, one all right and one wrong, and both wrong."""
+    trainer = make_trainer(tokenizer, tmp_path)
+    trainer.model.train()
+    groups = [[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    trainer._log_right(torch.tensor(groups).flatten().bool())
+    trainer._log_right(torch.ones(24, dtype=torch.bool))
+    logged = trainer._metrics["train"]
+    assert logged[names.ALL_RIGHT] == [pytest.approx(2 / 6), 1.0]
+    assert logged[names.ANY_RIGHT] == [pytest.approx(3 / 6), 1.0]
+    assert logged[names.PROMPT_ALL_RIGHT] == [0.0, 1.0]
+    assert logged[names.PROMPT_ALL_WRONG] == [pytest.approx(1 / 3), 0.0]
+
+
 def test_several_iterations_use_the_sampled_batch_again(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, cls=Recording, num_iterations=2, max_steps=4)
     trainer.train()
@@ -266,7 +297,7 @@ def test_several_iterations_use_the_sampled_batch_again(tokenizer, tmp_path):
 
 
 def test_recomputed_logprobs_agree_with_those_of_sampling(tokenizer, tmp_path):
-    trainer = make_trainer(tokenizer, tmp_path, max_steps=3)
+    trainer = make_trainer(tokenizer, tmp_path, max_steps=3, temperature=0.7)
     trainer.train()
     found = [entry[names.RECOMPUTE_KL] for entry in trainer.state.log_history if names.RECOMPUTE_KL in entry]
     assert len(found) == 3
@@ -298,13 +329,15 @@ def test_rewards_of_one_name_are_logged_apart(tokenizer, tmp_path):
 
 
 def test_cut_rows_stay_visible_and_out_of_the_loss(tokenizer, tmp_path):
-    trainer = make_trainer(tokenizer, tmp_path, cls=Recording, max_completion_length=3)
+    trainer = make_trainer(tokenizer, tmp_path, cls=Recording, max_completion_length=3, per_device_train_batch_size=32)
     trainer.mask_truncated = True
     trainer.train()
     batch = trainer.losses[0]
-    cut = batch["tool_mask"].flatten(0, 1).sum(1) == 0
-    assert cut.any()
-    assert (batch["completion_mask"].flatten(0, 1)[cut].sum(1) == 3).all()
+    seen, counted = batch["completion_mask"].flatten(0, 1), batch["tool_mask"].flatten(0, 1)
+    ended = torch.isin(batch["completion_ids"].flatten(0, 1), torch.tensor(trainer.eos_token_ids)).any(1)
+    assert 0 < ended.sum() < len(ended)
+    assert (seen[~ended].sum(1) == 3).all()
+    assert torch.equal(counted, seen * ended[:, None])
 
 
 def test_a_bridge_checkpoint_holds_the_blocks_only_and_loads(tokenizer, tmp_path):
@@ -349,6 +382,13 @@ def test_a_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path, train, st
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     assert resumed.state.log_history[-1]["train_loss"] == whole.state.log_history[-1]["train_loss"]
+
+
+def test_what_rewards_log_is_kept_as_types_that_load_without_running_code():
+    logged = {"extra": deque([np.float32(0.5), None, "text", (1, True)], maxlen=9)}
+    assert _plain(logged) == {"extra": [0.5, None, "text", [1, True]]}
+    with pytest.raises(UserError, match=r"A reward logs \{7\}, a set, beside its completions: log text or numbers"):
+        _plain({"extra": deque([{7}])})
 
 
 @pytest.mark.parametrize(
