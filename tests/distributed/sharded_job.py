@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from bridge_rl.evaluation.run import plan_evaluation
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.models import load_tokenizer
 from bridge_rl.ranks import RankFailed
+from bridge_rl.rollout import budget
 from bridge_rl.surgery import find_state
 
 PARAMS = br.SamplingParams(max_new_tokens=24, seed=3, eos_token_id=[2, 4, 5, 6])
@@ -148,7 +150,7 @@ def serve_all(shard: Callable[[PreTrainedModel], nn.Module], rank: int) -> dict:
 
 
 def evaluate_with_a_reward_that_fails(rank: int) -> list:
-    """On rank 1, at width 1, in its first batch of several: what this rank is told, and how much it has kept."""
+    """On rank 1, at width 1, in its first batch of several."""
 
     def reward(completion_ids: list[list[int]], **columns: object) -> list[float]:
         if rank == 1 and not failed:
@@ -157,12 +159,25 @@ def evaluate_with_a_reward_that_fails(rank: int) -> list:
         return [0.0] * len(completion_ids)
 
     failed: list[int] = []
+    return evaluate(fsdp2(make_model()), rank, reward)
+
+
+def evaluate_with_a_cache_that_is_refused(rank: int) -> list:
+    """On rank 1, which has no memory left."""
+    free = budget.free_memory
+    budget.free_memory = lambda device: free(device) * (rank == 0)
+    found = evaluate(zero3(make_model()), rank, lambda completion_ids, **columns: [0.0] * len(completion_ids))
+    budget.free_memory = free
+    return found
+
+
+def evaluate(model: PreTrainedModel, rank: int, reward: Callable[..., list[float]]) -> list:
+    """What this rank is told, and how much it has kept."""
     sampled: list[int] = []
-    model = fsdp2(make_model())
     tokenizer = load_tokenizer(ModelSection("package://bridge_rl/tiny/model"))
     rows = [{"prompt": f"<bos>{n}:2=", "problem": str(n), "answer": "0"} for n in range(6)]
     section = EvaluationSection(widths=[1, 2], samples=44)
-    store = SampleStore(Path(sys.argv[1]) / "samples", rank)
+    store = SampleStore(Path(mkdtemp(dir=sys.argv[1])), rank)
     PartialState(cpu=True)
     evaluation = plan_evaluation(model, tokenizer, rows, Judge(reward, str), section, 8, 0, store)
     try:
@@ -177,6 +192,7 @@ if __name__ == "__main__":
     found = {"alone": serve_all(lambda model: model, rank)}
     dist.init_process_group("gloo")
     found["failed"] = evaluate_with_a_reward_that_fails(rank)
+    found["refused"] = evaluate_with_a_cache_that_is_refused(rank)
     found |= {name: serve_all(shard, rank) for name, shard in SHARDINGS.items()}
     (Path(sys.argv[1]) / f"rank_{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

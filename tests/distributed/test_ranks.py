@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
 import bridge_rl as br
+from bridge_rl import run_checkpoints
 from bridge_rl.evaluation.samples import SampleStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,6 +204,7 @@ def test_ranks_that_read_different_problems_are_refused(tmp_path, monkeypatch):
 
 ON_DISKS_OF_THEIR_OWN = """
 import os
+import sys
 from pathlib import Path
 
 from accelerate import PartialState
@@ -210,7 +213,7 @@ from bridge_rl import run_checkpoints
 from bridge_rl.cli import run_command
 
 rank = PartialState(cpu=True).process_index
-os.mkdir(f"node{rank}")
+os.makedirs(f"node{rank}", exist_ok=True)
 os.chdir(f"node{rank}")
 run_checkpoints.SECONDS_TO_SHOW = 1.0
 
@@ -220,24 +223,40 @@ def save():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rollout_state_{rank}.pt").touch()
 
-run_command(save)
+def resume():
+    run_checkpoints.checkpoint_to_resume("auto", Path("run"))
+
+run_command({"save": save, "resume": resume}[sys.argv[1]])
 """
 
 
-def test_a_checkpoint_of_which_a_part_is_on_another_disk_is_no_checkpoint(tmp_path):
-    (tmp_path / "save.py").write_text(ON_DISKS_OF_THEIR_OWN)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "save.py"]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
+def on_disks_of_their_own(directory: Path, action: str) -> subprocess.CompletedProcess:
+    (directory / "job.py").write_text(ON_DISKS_OF_THEIR_OWN)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "job.py", action]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=directory, env=env, capture_output=True, text=True, timeout=240
     )
+
+
+def test_a_checkpoint_of_which_a_part_is_on_another_disk_is_no_checkpoint(tmp_path):
+    done = on_disks_of_their_own(tmp_path, "save")
     assert done.returncode != 0
     assert "error: run is not one directory for all ranks: rollout_state_1.pt of checkpoint-1" in done.stderr
     assert not list(tmp_path.glob("node*/run/checkpoint-1"))
+
+
+def test_a_manifest_that_only_one_rank_can_read_is_refused_on_both(tmp_path):
+    """The second disk is without it. Nothing is set aside, on either."""
+    PartialState(cpu=True)
+    for node in ("node0", "node1"):
+        with run_checkpoints.writing(tmp_path / node / "run", 1, 100, None):
+            pass
+    (tmp_path / "node1" / "run" / "checkpoint-1" / run_checkpoints.MANIFEST).unlink()
+    done = on_disks_of_their_own(tmp_path, "resume")
+    assert done.returncode != 0
+    assert done.stderr.count("error: run/checkpoint-1/manifest.json can be read by some ranks and not by others") == 2
+    assert [path.name for path in tmp_path.glob("node*/run/*")] == ["checkpoint-1", "checkpoint-1"]
 
 
 def test_a_warmup_under_zero_is_refused_with_the_command_to_run_first(tmp_path):

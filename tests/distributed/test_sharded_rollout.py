@@ -59,3 +59,11 @@ def test_both_ranks_run_the_passes_of_the_one_that_needs_most(ranks, sharding, n
 def test_a_reward_that_fails_on_one_rank_leaves_no_other_waiting(ranks):
     """6 x 44 rows at each of two widths, half of them on each rank, of which the one loses its half at width 1."""
     assert [found["failed"] for found in ranks] == [["mine.py:score failed", 264], ["mine.py:score failed", 132]]
+
+
+def test_a_cache_that_one_rank_has_no_room_for_ends_all_with_one_sentence(ranks):
+    """An evaluation from shards that ZeRO-3 does not gather; nothing is sampled."""
+    messages, sampled = zip(*(found["refused"] for found in ranks), strict=True)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("The cache has room for 0 tokens, and one group with its prompt can need ")
+    assert sampled == (0, 0)
