@@ -14,6 +14,7 @@ from accelerate import PartialState
 import bridge_rl as br
 from bridge_rl import run_checkpoints
 from bridge_rl.evaluation.samples import SampleStore
+from bridge_rl.report import names
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -123,6 +124,8 @@ def assert_same_steps(found: dict, expected: dict) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)
+        for name in (names.ALL_RIGHT, names.ANY_RIGHT, names.NORM_RATIO):  # of all ranks
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import bridge_rl as br
-from bridge_rl.surgery import group_width
+from bridge_rl.errors import UserError
+from bridge_rl.surgery import find_state, group_width
 
 
 def ids(rows: int, columns: int = 12, seed: int = 0) -> torch.Tensor:
@@ -134,6 +135,30 @@ def test_siblings_carry_gradients_to_each_other(bridged):
     with group_width(bridged, 4):
         bridged(inputs_embeds=embeddings).logits[0].sum().backward()
     assert embeddings.grad[1].abs().sum() > 0
+
+
+def test_width_and_switch_are_afterwards_what_they_were():
+    model = make_bridged("llama")
+    state = find_state(model)
+    state.width, state.enabled = 3, False
+    with pytest.raises(RuntimeError, match="in between"):
+        with group_width(model, 2), br.disable_bridge(model):
+            raise RuntimeError("in between")
+    assert (state.width, state.enabled) == (3, False)
+
+
+def test_a_mask_may_be_given_by_its_position():
+    model, mask = make_bridged("llama"), torch.ones(4, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    with group_width(model, 4), torch.no_grad():
+        found, expected = model.model(ids(4), mask), model.model(ids(4), attention_mask=mask)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+
+
+def test_a_mask_that_does_not_say_which_tokens_there_are_is_refused():
+    model = make_bridged("llama")
+    with group_width(model, 4), pytest.raises(UserError, match="mask has 4 dimensions: pass a 2-D mask"):
+        model(ids(4), attention_mask=torch.ones(4, 1, 12, 12, dtype=torch.bool))
 
 
 def test_a_deep_copy_has_a_state_of_its_own(bridged):
