@@ -279,3 +279,8 @@ def test_rows_with_unreadable_answers_are_dropped_when_asked(tmp_path, capsys):
     kept = load(jsonl(tmp_path / "p.jsonl", rows), check_answers="drop")
     assert [row["answer"] for row in kept] == ["1", "3"]
     assert "row 1 of" in capsys.readouterr().out
+    kept = load(str(tmp_path / "p.jsonl"), check_answers="drop", shuffle=True, seed=0)
+    assert [row["answer"] for row in kept] == ["3", "1"]
+    assert "row 1 of" in capsys.readouterr().out  # as in the file
+    with pytest.raises(UserError, match="cannot read the answer of row 0"):
+        load(jsonl(tmp_path / "q.jsonl", rows[1:2]), check_answers="drop")

@@ -88,6 +88,8 @@ def test_a_generation_batch_may_be_given_in_rows():
     options = "training={per_device_train_batch_size: 16, generation_batch_size: 64, gradient_accumulation_steps: 2}"
     found = batches(TINY, options)
     assert (found.rows_per_generation, found.updates_per_generation) == (64, 2.0)
+    found = batches(TINY, options, "launch.num_processes=2")
+    assert (found.rows_per_generation, found.updates_per_generation) == (64, 1.0)
 
 
 def test_the_launcher_says_how_many_processes_there_are(monkeypatch):

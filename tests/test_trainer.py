@@ -250,6 +250,7 @@ def test_lora_trains_adapter_and_blocks_and_keeps_lora_out_of_the_blocks(tokeniz
     assert any(".bridge.modules_to_save." in name for name in trained)
     assert any("lora_A" in name for name in trained)
     assert not any("bridge" in name and "lora" in name for name in trained)
+    assert {name for name, _ in br.bridge_parameters(trainer.model)} == {name for name in trained if "bridge" in name}
     make_base("llama").save_pretrained(tmp_path / "base")
     find_state(trainer.model).base_name = str(tmp_path / "base")
     trainer.train()
