@@ -1,6 +1,7 @@
 """Prompts without a signal give way to others, and what is trained on is what a slow selection would choose."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset
 from trainers import quiet_config
 
 from bridge_rl.config import DynamicSampling, ModelSection, load_recipe
-from bridge_rl.dynamic_sampling import choose, has_signal, total_rewards
+from bridge_rl.dynamic_sampling import DynamicSampler, choose, has_signal, total_rewards
 from bridge_rl.errors import UserError
 from bridge_rl.group import groups_of
 from bridge_rl.models import load_tokenizer
@@ -297,6 +298,18 @@ def test_a_column_without_one_value_a_row_is_named(tokenizer, tmp_path, dynamic,
     with pytest.raises(UserError, match=rf"log_extra\('length'\) of the rewards {given}"):
         trainer.train()
     assert len(calls) == rounds + 1
+
+
+@pytest.mark.parametrize(("ranks", "unit"), [(1, 1), (2, 1), (3, 3), (4, 2)])
+def test_a_unit_of_candidates_is_of_whole_groups_on_every_rank(ranks, unit):
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=ranks),
+        width=WIDTH,
+        num_generations=GENERATIONS,
+        args=SimpleNamespace(generation_batch_size=4 * GENERATIONS),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+    )
+    assert DynamicSampler(trainer, DynamicSampling(2)).unit == unit
 
 
 def test_rows_without_a_score_are_no_signal():

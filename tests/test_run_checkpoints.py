@@ -216,6 +216,9 @@ def test_a_path_is_where_a_run_goes_on_unless_there_is_more_to_lose(tmp_path):
     assert checkpoint_to_resume(str(first), tmp_path / "new") == first
     with pytest.raises(UserError, match="has checkpoint-2 already: set resume=auto"):
         checkpoint_to_resume(str(first), tmp_path / "a")
+    write(tmp_path / "new", 1)  # the run's own, though of an earlier step
+    with pytest.raises(UserError, match="new has checkpoint-1 already: set resume=auto"):
+        checkpoint_to_resume(str(second), tmp_path / "new")
     with pytest.raises(UserError, match="a path that ends with checkpoint-N"):
         checkpoint_to_resume(str(tmp_path / "a" / "latest"), tmp_path / "a")
 
