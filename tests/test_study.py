@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -43,7 +44,17 @@ from bridge_rl.study.cells import (
     source_of,
 )
 from bridge_rl.study.command import expected_seconds
-from bridge_rl.study.compare import Setting, compare, gains, read_task, relative_gain, verdicts, vote_differences
+from bridge_rl.study.compare import (
+    Setting,
+    compare,
+    gains,
+    next_best,
+    problem_values,
+    read_task,
+    relative_gain,
+    verdicts,
+    vote_differences,
+)
 from bridge_rl.study.config import load_study
 from bridge_rl.study.report import widths_figure, write_study_report
 from bridge_rl.study.results import CellResult, Counts, Seconds, read_cell, write_cell
@@ -593,6 +604,21 @@ def test_gains_and_differences_are_those_computed_by_hand(study, tmp_path):
     )
 
 
+def test_what_a_problem_gives_is_a_mean_over_its_groups():
+    result = SimpleNamespace(right=lambda width, condition: [[0, 4, 3], [2, 4, 1]])  # two groups, three problems
+    found = {metric: problem_values({7: result}, [7], Setting("a", 4), metric) for metric in ("pass@1", "any", "all")}
+    assert found["pass@1"].tolist() == [[0.25, 1.0, 0.5]]
+    assert found["any"].tolist() == [[0.5, 1.0, 1.0]]
+    assert found["all"].tolist() == [[0.0, 1.0, 0.0]]
+    assert problem_values({7: result}, [7], Setting("a", 4), "maj") is None
+
+
+def test_the_next_best_arm_has_the_best_mean_over_the_seeds_that_are_compared():
+    values = {"steady": {0: 0.5, 1: 0.5, 2: 0.0}, "lucky": {0: 0.9, 1: 0.0, 2: 1.0}}
+    task = SimpleNamespace(arms=lambda role: list(values), values=lambda setting, metric: values[setting.arm])
+    assert [next_best(task, 4, seeds) for seeds in ([0, 1], [0, 1, 2])] == ["steady", "lucky"]
+
+
 def test_gains_are_those_of_every_arm_with_a_bridge_at_every_width(tmp_path, monkeypatch):
     arms = {**STUDY["arms"], "blocks": {**STUDY["arms"]["bridge"], "overrides": ["train=bridge"]}}
     study = load_study(write_study(tmp_path, arms=arms))
@@ -663,6 +689,16 @@ def test_a_lead_that_is_not_away_from_zero_does_not_pass(study, tmp_path, monkey
     assert "**no**" in verdicts(task)[0]
 
 
+def test_a_sure_lead_that_is_smaller_than_the_papers_does_not_pass(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(RIGHT, "pmatch", [[3, 3], [3, 2], [2, 3]])  # .5, .375, .375 over the base
+    monkeypatch.setitem(RIGHT, "bridge", [[4, 3], [3, 3], [3, 3]])  # .125 more, of every seed
+    write_made_up(study, tmp_path / "results", tmp_path)
+    task = read_task(study, "tiny", tmp_path / "results")
+    assert relative_gain(task, 4).relative.value == pytest.approx(1.3)
+    assert relative_gain(task, 4).difference.low > 0
+    assert "**no**" in verdicts(task)[0]
+
+
 @pytest.mark.parametrize(
     ("rlvr", "bridge", "answer"),
     [
@@ -699,6 +735,8 @@ def test_an_incomplete_study_compares_the_seeds_that_both_arms_have_and_says_wha
     write_made_up(study, tmp_path / "results", tmp_path, left_out=left_out)
     task = read_task(study, "tiny", tmp_path / "results")
     assert compare(task, Setting("bridge", 4), Setting("pmatch", 4)).seeds == [0, 2]
+    of_one = compare(task, Setting("pmatch", 4), Setting("base", 4))
+    assert (of_one.seeds, of_one.over_seeds.low, of_one.over_both) == ([0], None, None)
     assert relative_gain(task, 4).seeds == [0]
     assert all("Incomplete: 1 of 3 seeds" in sentence for sentence in verdicts(task))
     write_study_report(study, tmp_path / "results", tmp_path / "report")
