@@ -21,7 +21,7 @@ from threading import Event
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -43,6 +43,8 @@ except ModuleNotFoundError as error:
 
 # Bounded also because pydantic refuses lone surrogates, which tokenizers cannot read, only in a bounded string.
 Text = Annotated[str, Field(max_length=2**24)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+ASK_FOR_NOTHING = ("stream", "stop", "frequency_penalty", "presence_penalty")
 POLL_S = 0.2  # between two looks whether a client is still there
 GRACE_S = 3  # for requests to end by themselves once the server is told to
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # in vocabularies like GPT-2's
@@ -63,9 +65,18 @@ class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     top_p: float = 1.0
     seed: int | None = None
     logprobs: bool | int | None = None
+    user: Text | None = None  # whoever it is
     # At these values, which many clients send, they ask for nothing; at no others are they served.
     stream: Literal[False] = False
     stop: None = None
+    frequency_penalty: Zero = 0.0
+    presence_penalty: Zero = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, body: Any) -> Any:
+        """A field that is null has its default, as OpenAI's have."""
+        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class CompletionFields(Fields):
@@ -79,6 +90,7 @@ class Message(BaseModel, extra="forbid", strict=True):
 
 class ChatFields(Fields):
     messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -227,7 +239,7 @@ def refuse(request: Request, error: Exception) -> JSONResponse:
         field = ".".join(map(str, fault["loc"][1:])) or "body"
         if fault["type"] == "json_invalid":
             sentences.append(f"The body is no JSON ({fault['ctx']['error']} at character {field}): send one object.")
-        elif fault["type"] == "extra_forbidden" or field in ("stream", "stop"):
+        elif fault["type"] == "extra_forbidden" or field in ASK_FOR_NOTHING:
             sentences.append(f"'{field}' is not served: leave it out.")
         else:
             sentences.append(f"'{field}': {fault['msg']}.")

@@ -248,10 +248,12 @@ def test_a_fault_of_the_model_is_the_servers(app, model, monkeypatch, fault, sen
     ("change", "sentence"),
     [
         ({"stream": True}, "'stream' is not served: leave it out."),
-        ({"stream": None}, "'stream' is not served: leave it out."),
         ({"stop": ["!"]}, "'stop' is not served: leave it out."),
         ({"stop": ""}, "'stop' is not served: leave it out."),
         ({"presence_penalty": 0.5}, "'presence_penalty' is not served: leave it out."),
+        ({"frequency_penalty": -0.5}, "'frequency_penalty' is not served: leave it out."),
+        ({"echo": True}, "'echo' is not served: leave it out."),
+        ({"max_completion_tokens": 4}, "'max_completion_tokens' is not served: leave it out."),  # but in a chat
         ({"\ud800": 1}, "'body': Input should be a valid string"),
         ({"n": 9}, "n is 9: it must be from 1 to 8."),
         ({"n": 0}, "n is 0: it must be from 1 to 8."),
@@ -334,7 +336,19 @@ def test_the_card_of_the_model_is_found_by_its_name(model, tokenizer, name):
 
 
 def test_fields_that_ask_for_nothing_are_taken(post):
-    assert texts(post({**BODY, "stream": False, "stop": None})) == texts(post(BODY))
+    neutral = {"stream": False, "stop": None, "frequency_penalty": 0, "presence_penalty": 0.0, "user": "me"}
+    null = dict.fromkeys(("n", "temperature", "top_p", "logprobs", "stream"))
+    assert texts(post({**BODY, **neutral})) == texts(post(BODY))
+    body = {key: value for key, value in BODY.items() if key not in null}
+    assert texts(post({**body, **null})) == texts(post(body))
+
+
+def test_a_chat_is_as_long_as_either_name_of_its_limit_says(app):
+    client, body = TestClient(app), {"messages": CHAT, "seed": 3, "n": 2}
+    path = "/v1/chat/completions"
+    used = [client.post(path, json={**body, key: 1}).json()["usage"] for key in ("max_tokens", "max_completion_tokens")]
+    assert used[0]["completion_tokens"] == 2
+    assert used[1] == used[0]
 
 
 def test_max_tokens_is_by_default_what_the_server_and_the_prompt_leave(post, model, tokenizer, monkeypatch):
