@@ -1,11 +1,12 @@
 """Combinations that would break groups, or an exact resume, without a sound: refused with the reason and the cure."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from multiprocessing import get_all_start_methods
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import StateDictType
 
 from bridge_rl.errors import UserError
@@ -119,3 +120,9 @@ def check_fsdp(accelerator: Accelerator) -> None:
         value = getattr(accelerator.state.fsdp_plugin, name)
         if value != tested:
             raise UserError(f"The launcher's {key} is {value}: set it to {cure}, as launch/accelerate/fsdp2.yaml does.")
+
+
+def keep_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let a model under FSDP2 return what it computes: accelerate's policy for bf16 would round log-probs to bf16."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)

@@ -48,7 +48,7 @@ from bridge_rl.reward_functions import check_columns, told_apart
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
-from bridge_rl.safety import check_fsdp, check_safe
+from bridge_rl.safety import check_fsdp, check_safe, keep_outputs
 from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import bridge_parameters, disable_bridge, find_state, freeze_base, has_bridge
 from bridge_rl.training_rollout import lockstep_rollout
@@ -177,6 +177,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
             self._train_in_float32(blocks)
         if uses_fsdp():
             check_fsdp(self.accelerator)
+            keep_outputs(self.accelerator.state.fsdp_plugin)
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from pydantic import TypeAdapter
@@ -17,7 +18,7 @@ from pydantic import TypeAdapter
 from bridge_rl.config import LaunchSection
 from bridge_rl.errors import STOPPED_CODE, UserError
 from bridge_rl.run_options import prepare_distributed
-from bridge_rl.safety import check_fsdp
+from bridge_rl.safety import check_fsdp, keep_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = sorted((ROOT / "launch/accelerate").glob("*.yaml"))
@@ -133,6 +134,16 @@ def test_fsdp_is_accepted_as_the_file_has_it_and_otherwise_refused_by_key(monkey
         return
     with pytest.raises(UserError, match=rf"The launcher's {next(iter(changes))} is .*: set it to "):
         check_fsdp(accelerator)
+
+
+def test_fsdp_in_bf16_does_not_round_what_the_model_returns(monkeypatch):
+    """Log-probs among it: accelerate's own policy would."""
+    plugin = fsdp_plugin(monkeypatch, {})
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    keep_outputs(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
 
 
 def test_fsdp_that_accelerate_would_leave_out_is_refused():
