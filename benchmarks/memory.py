@@ -264,9 +264,9 @@ def measure_cuda(shape: Shape, directory: str) -> dict[str, int]:
         note("rollout")
         return result
 
+    bridge_rl.trainer.lockstep_rollout = sampled  # before a trainer is made, which takes it then
     train = prepare(shape, directory)
     torch.cuda.reset_peak_memory_stats()
-    bridge_rl.trainer.lockstep_rollout = sampled
     train()
     note("update")
     return found

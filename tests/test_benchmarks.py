@@ -50,3 +50,17 @@ def test_pages_hold_little_more_than_the_tokens_of_the_long_tailed_benchmark(mon
     model = tiny_model().eval()
     rollout, _ = run_rollout(model, FULL.compared[0].work(model.config.vocab_size))
     assert rollout.stats.peak_cache_tokens <= 1.1 * rollout.stats.held_tokens_at_peak
+
+
+def test_on_a_gpu_the_memory_of_sampling_is_measured_apart_from_that_of_the_update(monkeypatch, tmp_path):
+    """torch's allocator is a stub here, by which each of a step's two phases peaks at what it is to be."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory
+
+    peaks = iter((1, 7, 2, 6, 3))  # before the first rollout, in it, between them, in the second, behind it
+    monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(memory.torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setattr(memory.torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(memory.bridge_rl.trainer, "lockstep_rollout", memory.bridge_rl.trainer.lockstep_rollout)
+    shape = memory.Shape("small", hidden=32, inner=64, layers=1, heads=4, prompt=8, new_tokens=4)
+    assert memory.measure_cuda(shape, str(tmp_path)) == {"rollout": 7, "update": 3}

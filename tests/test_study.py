@@ -20,9 +20,10 @@ import yaml
 from scipy import stats
 
 from bridge_rl.cli import main
-from bridge_rl.config import load_recipe
+from bridge_rl.config import ModelSection, load_recipe
 from bridge_rl.errors import Stopped, UserError
 from bridge_rl.evaluation.results import Estimate, Summary
+from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.run_directory import save_recipe
 from bridge_rl.study import cell as cell_module
@@ -251,6 +252,25 @@ def test_the_study_for_a_gpu_is_the_small_one_with_another_model_and_bridge(tmp_
         shape = [] if arm == "rlvr_only" else ["bridge.head_dim"]
         assert other == [*shape, "model.path"]
         assert source_of(gpu, cell) == source_of(small, cell)
+
+
+def test_the_script_for_a_gpu_makes_a_base_that_was_cut_off_again(tmp_path):
+    """Its directory is there from the beginning of the training on, its files at the end; programs are stubs here."""
+    for name in ("python", "bridge-rl"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    base = tmp_path / "runs/base_21m"
+    base.mkdir(parents=True)
+
+    def started() -> list[str]:
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        script = ["bash", str(Path("studies/gpu/run.sh").resolve())]
+        done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return [line.split()[0] for line in done.stdout.splitlines()]
+
+    assert started() == ["python", "bridge-rl"]
+    load_tokenizer(ModelSection("package://bridge_rl/tiny/model")).save_pretrained(base)
+    assert started() == ["bridge-rl"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 # the study, JOBS cells at a time (default 4), then the report. Cut off anywhere, the same command goes on.
 set -euo pipefail
 BASE=runs/base_21m
-if [ ! -d "$BASE" ]; then
+if [ ! -f "$BASE/tokenizer.json" ]; then  # the last file of it
   python -m bridge_rl.tiny.make_base two_tries --output "$BASE" --stop-at 0.245 --check-every 100 \
     --hidden-size 512 --layers 8 --heads 8 --batch-size 512 --lr 3e-4
 fi
