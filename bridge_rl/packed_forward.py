@@ -51,6 +51,8 @@ def packed_attention(
     def attend(queries: tuple[int, int], k: Tensor, v: Tensor) -> Tensor:
         start, end = queries
         mask = _causal(packed, end - start, k.shape[2], sliding_window, query.device)
+        if type(mask) is Tensor:  # with a mask, CUDA's fused kernels want as many heads of keys as of queries
+            k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return scaled_dot_product_attention(
             query[:, :, start:end], k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True,
             is_causal=mask is None,

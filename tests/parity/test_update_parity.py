@@ -7,10 +7,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from torch.nn.functional import scaled_dot_product_attention
 from trainers import PROMPTS, quiet_config, reward_of_tokens
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bridge_rl as br
+from bridge_rl import packed_forward
 from bridge_rl.config import GuardsSection, ModelSection, UpdateSection
 from bridge_rl.group import split_rows
 from bridge_rl.models import load_tokenizer
@@ -144,6 +146,20 @@ def test_every_family_has_the_loss_and_gradients_of_the_padded_pass(make_trainer
     expected = loss_and_gradients(make_trainer(PLAIN, **options), [batch])
     for update in updates:
         assert_same(loss_and_gradients(make_trainer(update, **options), [batch]), expected)
+
+
+def test_a_window_is_attended_to_with_as_many_heads_of_keys_as_of_queries(make_trainer, monkeypatch):
+    """Or CUDA would hold all scores at once: its fused kernels take no mask otherwise."""
+    calls = []
+
+    def attend(query, key, value, attn_mask, **kwargs):
+        calls.append((type(attn_mask) is torch.Tensor, key.shape[1] == value.shape[1] == query.shape[1]))
+        return scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
+
+    monkeypatch.setattr(packed_forward, "scaled_dot_product_attention", attend)
+    trainer = make_trainer(SHARED, "gemma3_text", model_options=WINDOWS["gemma3_text"])
+    loss_and_gradients(trainer, [make_batch(4)])
+    assert set(calls) == {(True, True), (False, False)}  # with a window that is shorter, and without
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
