@@ -281,6 +281,8 @@ def sampling(
         always["layout"] = FP32 * parameters.linear
     if device.deepspeed and device.stage == 3 and recipe.training.get("ds3_gather_for_generation", True):
         always["gathered"] = device.base * parameters.total
+    if device.compute == 2 and device.base == FP32 and recipe.train == "full":  # autocast keeps what it casts
+        always["cast"] = 2.0 * parameters.linear
     later = sampled.waiting > sampled.rows or sampled.groups > at_once  # prompts that find the cache in use
     flow = device.compute * prefilled * (3 * layer.D + 3 * layer.I)
     first = always if later else {**always, "cache": 0.0}

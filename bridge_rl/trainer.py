@@ -327,16 +327,17 @@ class BridgeGRPOTrainer(GRPOTrainer):
 
     @contextmanager
     def model_for_sampling(self) -> Iterator[PreTrainedModel]:
-        """The module that is trained. Under ZeRO-3 its parameters are gathered inside, once, unless
-        `args.ds3_gather_for_generation` is off: each forward pass then gathers them, and `generate_groups` keeps the
-        ranks at equally many."""
+        """The module that is trained, under one autocast for all passes: each would cast trained fp32 weights anew.
+
+        Under ZeRO-3 its parameters are gathered inside, once, unless `args.ds3_gather_for_generation` is off: each
+        forward pass then gathers them, and `generate_groups` keeps the ranks at equally many."""
         unwrapped = unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
-        with unwrapped as model, attention(model, self._own_attention):
+        with unwrapped as model, attention(model, self._own_attention), self.accelerator.autocast():
             yield model
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from conftest import make_base, make_bridged
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import PROMPTS, quiet_config, reward_of_tokens
 from trl import GRPOConfig, GRPOTrainer
 
@@ -19,6 +20,8 @@ from bridge_rl.errors import UserError
 from bridge_rl.models import load_tokenizer
 from bridge_rl.report import names
 from bridge_rl.resume import _plain, checkpoint_bytes
+from bridge_rl.rollout import Rollout
+from bridge_rl.rollout.budget import bytes_per_token
 from bridge_rl.surgery import find_state, group_width, has_bridge
 from bridge_rl.trainer import BridgeGRPOTrainer
 
@@ -187,6 +190,27 @@ def test_an_fp32_model_is_sampled_and_trained_under_autocast_alike(tokenizer, tm
     assert len(drift) == 2
     assert 1e-7 < max(drift) < 1e-2
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_rollout_casts_trained_fp32_weights_once_and_plans_a_cache_in_bf16(tokenizer, tmp_path, monkeypatch):
+    """Under autocast, which each pass would otherwise begin anew."""
+    trainer = make_trainer(tokenizer, tmp_path, model=make_bridged("llama"), train="full", bf16=True)
+    head, casts, of_token, run = trainer.model.lm_head.weight, [], [], Rollout.run
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            casts.extend(args[:1] if func is torch.ops.aten._to_copy.default else ())
+            return func(*args, **(kwargs or {}))
+
+    def watched(rollout):
+        of_token.append(bytes_per_token(rollout.model))
+        with Casts():
+            return run(rollout)
+
+    monkeypatch.setattr(Rollout, "run", watched)
+    trainer.train()
+    assert sum(cast is head for cast in casts) == 1
+    assert of_token == [bytes_per_token(trainer.model) / 2]
 
 
 def test_what_is_frozen_below_the_first_block_has_no_backward_pass(tokenizer, tmp_path):
