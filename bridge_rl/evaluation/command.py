@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ from bridge_rl.rollout import SamplingParams, generate_groups
 from bridge_rl.rollout.request import length_limit
 from bridge_rl.user_code import call_users, load_function
 
+# How long ranks wait for the main one, which alone tries rows beside other siblings, before the next suite.
+PATIENCE_FOR_PROBES = timedelta(days=7)
 MAX_ROWS = 64  # that `bridge-rl eval` samples at once, unless asked for another number or a wider group
 GENERATED_TOKENS = 256  # by `bridge-rl generate`, unless asked for another number
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate a model on each suite: samples, results, page, plots and tables; print a table and the verdicts."""
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)  # without `cpu` it would see one rank there
+    # Without `cpu` it would see one rank there.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE_FOR_PROBES if args.probes else PATIENCE)
     suites = expand(args.suite)
     widths = parse_numbers("--widths", args.widths, "1,2,4,8")
     if args.max_rows is None:

@@ -17,8 +17,10 @@ import bridge_rl as br
 from bridge_rl.cli import main
 from bridge_rl.config import ModelSection
 from bridge_rl.errors import UserError
+from bridge_rl.evaluation import command
 from bridge_rl.evaluation.job import earlier_probes
 from bridge_rl.evaluation.results import Estimate, Results, Summary, read_results
+from bridge_rl.evaluation.run import PATIENCE
 from bridge_rl.evaluation.samples import SampleStore
 from bridge_rl.evaluation.settings import claim, digest_of_config
 from bridge_rl.files import alone_in
@@ -152,6 +154,20 @@ def test_a_users_file_reward_and_function_are_taken(checkpoint, tmp_path):
     of_4 = [group for group in groups if group.width == 4]
     [last] = [found for found in results.aggregated if (found.method, found.width) == ("last", 4)]
     assert last.accuracy.value == pytest.approx(sum(group.correct[-1] for group in of_4) / len(of_4))
+
+
+def test_ranks_wait_longer_where_the_main_one_probes_between_suites(monkeypatch):
+    given = []
+
+    def state(timeout, **kwargs):
+        given.append(timeout)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(command, "PartialState", state)
+    for options in ([], ["--probes"]):
+        with pytest.raises(SystemExit):
+            main(["eval", "--model", "unused", *options])
+    assert given == [PATIENCE, command.PATIENCE_FOR_PROBES]
 
 
 def test_a_way_to_one_answer_is_not_called_as_one_that_is_there(checkpoint, tmp_path, capsys):
