@@ -222,6 +222,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick and args.output is None:
         parser.error("--quick needs --output, so that it does not overwrite the committed figures")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it runs on CPU, as the report is to say
     layouts = [name for name in LAYOUTS if name != ONE and not (args.quick and name == BOTH)]
     results = measure(QUICK if args.quick else RUNS, layouts)
     plan = {"steps": STEPS, "rows": ROWS, "width": WIDTH, "limit": LIMIT}

@@ -47,6 +47,8 @@ def measure(base: str, dtype: str, quantization: str | None, strength: float) ->
     overrides = [f"model={{path: {base}, dtype: {dtype}, quantization: {quantization or 'null'}}}"]
     recipe = load_recipe(RECIPE, overrides)
     model, tokenizer = load_policy(recipe).eval(), load_tokenizer(recipe.model)
+    if torch.cuda.is_available() and quantization is None:  # bitsandbytes has put the others there
+        model.cuda()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in br.bridge_parameters(model):

@@ -194,10 +194,14 @@ def run_plan(plan: Plan) -> dict[str, Any]:
 
 
 def check_gradients(results: dict[str, Any]) -> None:
-    """Arms of one model must have computed the same. (TRL's has no Bridge; ours starts at zero, but has gradients.)"""
+    """Arms of one model must have computed the same. (TRL's has no Bridge; ours starts at zero, but has gradients.)
+
+    On a GPU in bf16, in which the norm is rounded too, by up to 0.4 %.
+    """
+    tolerance = 2e-2 if torch.cuda.is_available() else 1e-3
     for arms in results.values():
         norms = [run["gradient_norm"] for arm, run in arms.items() if arm != "trl"]
-        assert all(math.isclose(norm, norms[0], rel_tol=1e-3) for norm in norms), norms
+        assert all(math.isclose(norm, norms[0], rel_tol=tolerance) for norm in norms), norms
 
 
 def bars(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from itertools import chain, count
 from pathlib import Path
 
+from accelerate import PartialState
+
 from bridge_rl.config import Recipe, load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.evaluation.analyse import analyse
@@ -70,7 +72,7 @@ def place_of_demo(path: Path) -> Path:
 
 def evaluate_base(recipe: Recipe, samples: Path) -> list[Summary]:
     """The base at the recipe's widths; its rows are independent, so only what is said of sets depends on the width."""
-    model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
+    model, tokenizer = load_model(recipe.model).to(PartialState().device), load_tokenizer(recipe.model)
     prompts = load_eval_prompts(recipe, tokenizer)
     assert prompts is not None  # the embedded recipe has held-out problems
     rows, judge = prompts.to_list(), Judge.of(recipe.rewards[0])
