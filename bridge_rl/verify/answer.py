@@ -1,10 +1,11 @@
 r"""Find the answer in a completion. Pure, no sympy.
 
-A completion's answer is, in this order: the last `\boxed{...}`; what follows `####` in the last line, or a number that
-does further up; what follows the last "answer is"; the whole text if it is one bare expression; else its tail, in which
-the worker lets math-verify look. A box before `</think>` counts if nothing of the first three, and no expression with a
-digit, is after it. A last box that is left open (the completion was cut there), empty boxes alone, or one longer than
-MAX_CHARS give no answer at all: falling back to the working would reward a guess at what the writer meant.
+A completion's answer is, in this order: the last `\boxed{...}`; in the last `<answer>...</answer>`, or in all if there
+is none, what follows `####` in the last line, or a number that does further up; what follows the last "answer is"; the
+whole text if it is one bare expression; else its tail, in which the worker lets math-verify look. A box before
+`</think>` counts if nothing of the first three, and no expression with a digit, is after it. A last box that is left
+open (the completion was cut there), empty boxes alone, or one longer than MAX_CHARS give no answer at all: falling back
+to the working would reward a guess at what the writer meant.
 
 What is found is brought into a common form (`common_form.py`); easy pairs are decided without sympy (`decide.py`), and
 of all others a worker asks it.
@@ -22,7 +23,7 @@ from bridge_rl.verify.common_form import (
     Answer,
     canonical,
     clean,
-    improper_fraction,
+    has_words_in_a_row,
     inside,
     words_of,
 )
@@ -33,7 +34,13 @@ TAIL_CHARS = 300  # of prose without a marked answer
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
-_ANSWER_IS = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:)[\s:*]*(?=\S)", re.IGNORECASE)
+_NEXT_STEP = re.compile(r"\d+[.)]\s+\S")  # a heading: `#### 2. Add them`
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_EMPHASIS = re.compile(r"(?<![\w)\]}])\*\*|\*\*(?![\w({\\-])")  # `**5** apples`, but no power
+_ANSWER_IS = re.compile(
+    r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b(?:\s+(?:therefore|thus|hence|simply|indeed)\b,?)?|:)[\s:*]*(?=\S)",
+    re.IGNORECASE,
+)
 _FURTHER = re.compile(rf"\s*(?:,\s*)?(?:or|and|,)\s*(?:{DELIMITED.pattern})", re.DOTALL)  # `$5$ or $6$`
 _CLAUSE_END = re.compile(r"[ \t*]*(?:[.!?;\n]|\Z)")
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)")
@@ -58,6 +65,9 @@ def find_answer(completion: str) -> Answer | None:
     text = completion.rpartition("</think>")[2].strip() or completion
     if _BOX.search(text):
         return _marked(last_box(text if _boxes(text) != [] else completion))
+    if tagged := _TAGGED.findall(text):
+        text = tagged[-1].strip()
+    text = _EMPHASIS.sub("", text)
     if (answer := _after_hashes(text)) is not None:
         return answer
     if marks := list(_ANSWER_IS.finditer(text)):
@@ -73,6 +83,10 @@ def _after_hashes(text: str) -> Answer | None:
     """What follows `####` in the last line, else the last number that does: other text behind it is a heading."""
     for place, line in enumerate(reversed(text.split("\n"))):
         if hashes := _HASHES.search(line):
+            if _ANSWER_IS.search(hashes[1]):
+                return None
+            if place > 0 and _NEXT_STEP.match(hashes[1]):
+                continue
             answer = _bare_or_prose(hashes[1])
             if place == 0 or (answer is not None and number(answer.text) is not None):
                 return answer
@@ -122,7 +136,7 @@ def _clause(rest: str) -> str:
     if found:
         change = CHANGES.match("0 " + rest[end:].lstrip(" *").casefold(), 2)  # as behind a number: `$5$ million`
         listed = ",".join(found) if _CLAUSE_END.match(rest, end) and not _are_one(found) else found[0]
-        return listed + (rf"\text{{ {change[0]}}}" if change else "")
+        return f"${listed}$" if change is None else rf"${listed}\text{{ {change[0]}}}$"
     line = rest.split("\n", 1)[0].rstrip()
     sentence_end = _SENTENCE_END.search(line)
     return line[: sentence_end.start()] if sentence_end else line
@@ -145,8 +159,10 @@ def _bare_or_prose(text: str, introduction: str = "") -> Answer | None:
     formula = inside(whole) if whole else text.strip()
     dollars = "$" in formula.replace(r"\$", "").lstrip("$")
     lines = "\n" in formula and r"\begin" not in formula
-    if len(formula) <= MAX_CHARS and not dollars and not lines and len(words_of(formula)) < 2:
-        return _marked(formula)
+    if len(formula) <= MAX_CHARS and not dollars and not lines:
+        sentence = has_words_in_a_row(formula) if whole else len(words_of(formula)) >= 2
+        if not sentence:
+            return _marked(formula)
     tail = text[-TAIL_CHARS:]
     # math-verify reads LaTeX between delimiters only: of a bare `2\sqrt{3}` it would take the 2.
     undelimited = re.search(r"\\[A-Za-z]", DELIMITED.split(tail)[-1])
@@ -162,12 +178,6 @@ def gold_answer(gold: str) -> Answer | None:
     return Answer(text) if text and closing_brace(text + "}", 0) == len(text) else None
 
 
-_BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2, \sqrt2
-    (re.compile(r"\\[dtc]?frac\s*(\d)\s*(?=[\d{])"), r"\\frac{\1}"),
-    (re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\})\s*(\d)"), r"\\frac\1{\2}"),
-    (re.compile(r"\\sqrt\s*(\d)"), r"\\sqrt{\1}"),
-)
-_MIXED_FRACTION = re.compile(r"(?<![\w.}^])(\d+)\s*\\[dtc]?frac\{(\d+)\}\{(\d+)\}")
 _NAMED = re.compile(r"[A-Za-z](?:_\w)?\s*=\s*([^=]+)")  # x = 5
 _WITH_UNIT = re.compile(
     r"\\?\$?(?P<value>[-+]?(?:\d[\d.]*|\\frac\{-?\d+\}\{-?\d+\}))\s*"
@@ -185,10 +195,7 @@ def comparable_answer(completion: str) -> str | None:
     answer = find_answer(completion)
     if answer is None or answer.prose:
         return None
-    text = answer.text
-    for pattern, braced in _BRACES:
-        text = pattern.sub(braced, text)
-    text = _MIXED_FRACTION.sub(improper_fraction, text)
+    text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", answer.text)
     if named := _NAMED.fullmatch(text):
         text = named[1].strip()
     goes_on = SECOND_NUMBER.search(text)

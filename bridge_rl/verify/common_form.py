@@ -23,7 +23,9 @@ _GROUP_OF_TEXT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 _SIGNS = str.maketrans(
-    {
+    {chr(wide): chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F)}  # as wide as Chinese signs
+    | {
+        "\N{IDEOGRAPHIC FULL STOP}": ".",
         "\N{MINUS SIGN}": "-",
         "\N{EN DASH}": "-",
         "\N{MULTIPLICATION SIGN}": r"\times ",
@@ -53,6 +55,18 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00
 _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _GAP = r"(?:\s|~|\\[,;: ])"
+_ONE_BRACED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})"  # a sign, or a group
+_BRACED = rf"{_ONE_BRACED}*"
+_FRACTION_BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2
+    (re.compile(r"\\[dtc]?frac\s*(\d)\s*(?=[\d{])"), r"\\frac{\1}"),
+    (re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\})\s*(\d)"), r"\\frac\1{\2}"),
+)
+_MIXED_FRACTION = re.compile(r"(?<![\w.}^])(\d+)\s*\\[dtc]?frac\{(\d+)\}\{(\d+)\}")
+_TWO_IN_FRACTION = re.compile(  # `\frac{1 \pm \sqrt{5}}{2}`, alone or in a list
+    rf"((?:\A|[=,]|\\\{{)\s*-?\s*)\\[dtc]?frac\s*\{{({_BRACED})\\pm(?![A-Za-z])((?:(?![+-]){_ONE_BRACED})*)\}}"
+    rf"\s*(\{{{_BRACED}\}})(?=\s*(?:\Z|,|(?:\\right\s*)?\\\}}|\\text|\\q?quad))"
+)
+_ENDS = re.compile(rf"\A(?:{_GAP}|\\!)+|(?<!\\)(?:{_GAP}|\\!)+\Z")
 _MIXED = re.compile(rf"(?<![\w.,/^}}])(\d+){_GAP}+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _COUNTED = re.compile(rf"(?:\\?\$)?([-+]?\d[\d.,/]*(?:\\?%)?)(?:{_GAP}+[a-z]{{3,}}){{1,3}}")
@@ -84,7 +98,7 @@ _OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
 TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
 SECOND_NUMBER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: !])*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
 _SPACE = re.compile(r"\\[,;:! ]|~")
-_BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm)\s*\{([^{}]*)\}")
+_BOLD = re.compile(rf"\\(?:boldsymbol|mathbf|bm)\s*\{{({_BRACED})\}}")
 _NUMBER_IN_TEXT = re.compile(
     _OPENS_TEXT + r"\s*([-+]?(?:\d[\d.,/:]*|\.\d+))(\s(?!\s*[xyzn]\s*\})[^{}\d]*)?\}(\^\{?\d\}?)?"
 )
@@ -109,12 +123,13 @@ def clean(text: str) -> str:
     text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
     text = re.sub(r"\^\s*\{\s*\\degree\s*\}|\^?\s*\\degree(?![A-Za-z])", r"^\\circ ", text)
     text = _CONSTANT.sub(r" \1", text).strip()  # which the worker would take for a unit
+    if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
+        text = text[:-1].rstrip()
+    text = _ENDS.sub("", text)
     if whole := _BOLD.fullmatch(text):
         text = whole[1].strip()
     if whole := _NUMBER_IN_TEXT.fullmatch(text):  # `\text{5 cm}`
         text = whole[1] + (rf"\text{{{whole[2]}}}{whole[3] or ''}" if (whole[2] or "").strip() else "")
-    if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
-        text = text[:-1].rstrip()
     text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
     text = re.sub(r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty ", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text).strip()
@@ -125,7 +140,12 @@ def clean(text: str) -> str:
             text = _NEXT_EQUATION.sub(", ", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    for pattern, braced in _FRACTION_BRACES:
+        text = pattern.sub(braced, text)
+    text = _MIXED_FRACTION.sub(improper_fraction, text)
     text = _MIXED.sub(improper_fraction, text)
+    text = _TWO_IN_FRACTION.sub(_two_fractions, text)
+    text = re.sub(r"\A\((\d\w*)\)(?=_)", r"\1", text)  # a number and its base: `(101)_2`
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = _UNIT.sub("", text)
     if (measured := _MEASURED.search(text)) and not words_of(text[: measured.start()]):  # not `7 hours 30 minutes`
@@ -141,6 +161,11 @@ def inside(formula: re.Match[str]) -> str:
 
 def words_of(text: str) -> list[str]:
     return _WORD.findall(_GROUP_OF_TEXT.sub(" ", text))
+
+
+def has_words_in_a_row(formula: str) -> bool:
+    """Unlike `xy + yz`: what is between two signs of money, `5 and not`."""
+    return re.search(rf"{_WORD.pattern}\s+{_WORD.pattern}", _GROUP_OF_TEXT.sub("|", formula)) is not None
 
 
 def _fraction_of_one_sign(match: re.Match[str]) -> str:
@@ -161,6 +186,12 @@ def improper_fraction(match: re.Match[str]) -> str:
     """Of `2 1/2`, which math-verify reads as 3/2; `2 3/2` is left as it is."""
     whole, above, below = map(int, match.groups())
     return rf"\frac{{{whole * below + above}}}{{{below}}}" if above < below else match[0]
+
+
+def _two_fractions(match: re.Match[str]) -> str:
+    r"""`\frac{1}{2} \pm \frac{\sqrt{5}}{2}`: inside of a fraction math-verify does not read the sign."""
+    start, above, changing, below = match.groups()
+    return start + (rf"\frac{{{above}}}{below}" if above.strip() else "") + rf"\pm\frac{{{changing}}}{below}"
 
 
 def canonical(text: str) -> str:

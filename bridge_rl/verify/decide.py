@@ -21,10 +21,10 @@ _NOT_THE_VALUE = re.compile(  # in front of it
     r"(?:\b(?:not|never)|n't|\b(?:less|more|greater|fewer|larger|smaller|other) than|\bat (?:least|most))"
     r"(?:\s+(?:be|or|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
 )
-_PERCENTAGE = re.compile(r"(.+?)\s*\\?%")
+_PERCENTAGE = re.compile(r"(.+?)(?:\s|~|\\[,;: ])*\\?%")
 _GOES_ON = re.compile(r",\s*(?:\\[lc]?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS})")  # of a list or set
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-])*")
-_MIN_WORD, _SHORT_WORDS = 4, ("yes", "no")  # letters: `xyz` is a product, `none` a word
+_MIN_WORD, _SHORT_WORDS = 4, ("yes", "no")  # letters: `xyz` and `p - q` are no words, `none` is one
 
 
 def decide(prediction: Answer, gold: Answer) -> bool | None:
@@ -134,4 +134,5 @@ def word(text: str) -> str | None:
     if not _WORDS.fullmatch(plain) or "\\" in plain:
         return None
     found = "".join(plain.casefold().split())
-    return found if len(plain) >= _MIN_WORD or found in _SHORT_WORDS else None
+    longest = max(map(len, re.findall(r"[^\W\d_]+", plain)))
+    return found if longest >= _MIN_WORD or found in _SHORT_WORDS else None

@@ -129,10 +129,15 @@ def _parse_prose(text: str) -> Any | None:
 
 def _agree(gold: Any, given: Any) -> bool:
     """math-verify's verdict, after ruling out false equations and numbers it takes for equal because they are close."""
-    from math_verify import verify
-
     if _states_falsehood(given) or _only_one_is_a_set(gold, given):
         return False
+    as_complex = _with_imaginary_unit(gold), _with_imaginary_unit(given)
+    return _equal(gold, given) or (as_complex != (gold, given) and _equal(*as_complex))
+
+
+def _equal(gold: Any, given: Any) -> bool:
+    from math_verify import verify
+
     try:
         agree = verify(gold, given, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
     except (MemoryError, RecursionError):
@@ -140,6 +145,18 @@ def _agree(gold: Any, given: Any) -> bool:
     except Exception:  # not comparable: division by zero, a matrix against an inequality, ...
         return False
     return agree and not _differ_as_numbers(gold, given)
+
+
+def _with_imaginary_unit(expression: Any) -> Any:
+    """Of numbers and sets of them: with `i`, which math-verify reads as a variable, as the imaginary unit."""
+    from latex2sympy2_extended.sets import FiniteSet
+    from sympy import Expr, I
+
+    parts = expression.args if isinstance(expression, FiniteSet) else (expression,)
+    if not all(isinstance(part, Expr) for part in parts):
+        return expression
+    symbols = expression.free_symbols
+    return expression.subs(dict.fromkeys(symbols, I)) if {symbol.name for symbol in symbols} == {"i"} else expression
 
 
 def _states_falsehood(expression: Any) -> bool:

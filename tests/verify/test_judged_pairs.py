@@ -208,6 +208,34 @@ RIGHT = [
     ("1 - t", "-t+1"),
     (r"\frac{a}{b} + c", r"c+\frac{a}{b}"),
     ("ab + bc", "b(a+c)"),
+    # differences with blanks are no words
+    ("p - q", "p-q"),
+    ("p - q", "-q+p"),
+    ("a - b - c", "a-(b+c)"),
+    ("ab - cd", "-cd+ab"),
+    # both signs inside of a fraction
+    (r"\frac{1+\sqrt{5}}{2}, \frac{1-\sqrt{5}}{2}", r"\frac{1 \pm \sqrt{5}}{2}"),
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1+\sqrt{5}}{2} \text{ and } \frac{1-\sqrt{5}}{2}"),
+    (r"\frac{-1 \pm i\sqrt{3}}{2}", r"x = \dfrac{-1\pm\sqrt{3}i}{2}"),
+    (r"\left\{\frac{3 \pm \sqrt{5}}{2}, 0\right\}", r"0, \frac{3 \pm \sqrt5}{2}"),
+    (r"\frac{3}{2}, -\frac{3}{2}", r"\frac{\pm 3}{2}"),
+    # the imaginary unit
+    ("2i", "(1+i)^2"),
+    (r"\frac{1-i}{2}", r"\frac{1}{1+i}"),
+    (r"e^{i\pi/3}", r"\frac{1}{2}+\frac{\sqrt{3}}{2}i"),
+    ("5", "|3+4i|"),
+    ("(1,i)", "(1, i)"),
+    ("2+3i", "z = 3i+2"),
+    (r"i\sqrt{2}, -i\sqrt{2}", r"\pm\sqrt{-2}"),
+    # as they come from keyboards and typesetters
+    ("10", r"10\,\%"),
+    (r"33\frac{1}{3}\%", r"33\frac13\%"),
+    (r"33\frac{1}{3}\%", r"\frac{1}{3}"),
+    ("2516_8", "(2516)_8"),
+    (r"\frac{14}{3}", r"\mathbf{\frac{14}{3}}"),
+    (r"\text{east}", r"\,\text{east}\,"),
+    ("(1,2)", "\N{FULLWIDTH LEFT PARENTHESIS}1\N{FULLWIDTH COMMA}2\N{FULLWIDTH RIGHT PARENTHESIS}"),
+    ("42", "\N{FULLWIDTH DIGIT FOUR}\N{FULLWIDTH DIGIT TWO}\N{IDEOGRAPHIC FULL STOP}"),
 ]
 
 WRONG = [
@@ -360,6 +388,25 @@ WRONG = [
     ("5", "5 but not six"),
     (r"3:30\text{ p.m.}", r"3:30\text{ a.m.}"),
     (r"3\text{ PM}", r"3\text{ AM}"),
+    ("p - q", "q - p"),
+    ("p - q", "p + q"),
+    ("p - q", "pq"),
+    ("ab - cd", "ab - dd"),
+    (r"\frac{1+\sqrt{5}}{2}", r"\frac{1 \pm \sqrt{5}}{2}"),
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1-\sqrt{5}}{2}"),
+    (r"\frac{1 \pm \sqrt{5}}{2}", r"\frac{1 \pm \sqrt{5}}{3}"),
+    (r"\frac{1+\sqrt{5}}{2}, \frac{1-\sqrt{5}}{2}", r"2\cdot\frac{1 \pm \sqrt{5}}{2}"),
+    (r"\frac{a+b}{2}+c, \frac{a-b}{2}+c", r"\frac{a \pm b + 2c}{2}"),
+    ("2i", "(1-i)^2"),
+    ("2i", r"\frac{2}{i}"),
+    (r"e^{i\pi/3}", r"\frac{1}{2}-\frac{\sqrt{3}}{2}i"),
+    ("3+4i", "5"),
+    ("(1,i)", "(1,-i)"),
+    (r"i\sqrt{2}", r"\pm\sqrt{-2}"),
+    ("10", r"1\,\%"),
+    (r"33\frac{1}{3}\%", r"33\%"),
+    ("2516_8", "(2516)_9"),
+    (r"\frac{14}{3}", r"\mathbf{\frac{14}{5}}"),
 ]
 
 KNOWN_LIMITS = [
@@ -382,6 +429,22 @@ KNOWN_LIMITS = [
 ]
 
 IN_PROSE = [
+    ("5", "The answer is **5** apples.", True),
+    ("6", "The answer is **5** apples.", False),
+    ("8", "The answer is 2**3", True),
+    ("5", "The answer is therefore 5.", True),
+    ("xy+yz+zx", "The answer is $xy + yz + zx$.", True),
+    ("xy+yz+zx", "The answer is $xy + yz - zx$.", False),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"The answer is \[\begin{pmatrix} 1 \\ 2 \end{pmatrix}.\]", True),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"The answer is $\begin{pmatrix} 2 \\ 1 \end{pmatrix}$.", False),
+    ("6", "The answer is $5 and not $6.", False),
+    (r"\frac{1}{2}", r"<think>or 3</think> <answer>\frac{1}{2}</answer>", True),
+    ("5", "<answer>4</answer> No: <answer>The answer is 5.</answer>", True),
+    ("4", "<answer>4</answer> No: <answer>The answer is 5.</answer>", False),
+    ("5", r"<answer>4</answer> \boxed{5}", True),
+    ("72", "#### 1. Count\n\n#### 2. Add\n\nSo she has 72 clips.", True),
+    ("2", "#### 1. Count\n\n#### 2. Add\n\nSo she has 72 clips.", False),
+    ("72", "48+24=72\n#### Answer: 72", True),
     ("5", "The answer is less than or equal to 5.", False),
     ("5", "The answer is at least 5.", False),
     ("5", "The answer is 5 and a half.", False),
