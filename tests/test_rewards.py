@@ -208,6 +208,11 @@ def test_the_verdict_of_every_row_is_given_to_log_extra():
         ([r"\boxed{5\text{ million}}"], r"5million"),
         ([r"\boxed{\sqrt2}", r"\boxed{\sqrt{2}}"], r"\sqrt{2}"),
         ([r"\boxed{2\frac{1}{2}}", r"\boxed{2\dfrac12}", r"\boxed{2 1/2}", "2.5"], "5/2"),
+        ([r"\boxed{70000}", r"\boxed{\$70,000}", r"\boxed{\$70,000.00}", r"\boxed{70,000\text{ dollars}}"], "70000"),
+        ([r"\boxed{72\,\text{km/h}}", r"\boxed{72 \; \mathrm{m/s}}", r"\boxed{72\ \text{cm}^{2}}", r"72\,\%"], "72"),
+        ([r"\boxed{AB = 5}", r"\boxed{\text{Area} = 5}", r"\boxed{P(A)=5}", r"\boxed{\angle ABC = 5^\circ}"], "5"),
+        ([r"\boxed{1,-2}", r"\boxed{-2, 1}", r"\boxed{\{1, -2\}}", r"\boxed{x = 1 \text{ or } -2}"], "-2,1"),
+        ([r"\boxed{(a,b) = (2,1)}", r"\boxed{(2, 1)}"], "(2,1)"),
         ([r"\boxed{Yes}", r"\boxed{\text{yes}}", r"\boxed{YES.}"], "yes"),
     ],
 )
@@ -224,6 +229,13 @@ def test_no_marked_answer_is_no_vote():
 def test_different_numbers_are_different_votes():
     final = load_final_answer(RewardSection("rewards/answer.py:correct"))
     assert len({final(text) for text in ("1/3", "0.3333333", "-1/3", "1", "10", r"1\frac{1}{3}")}) == 6
+
+
+def test_different_lists_equations_and_large_numbers_are_different_votes():
+    final = load_final_answer(RewardSection("rewards/answer.py:correct"))
+    lists = ["1,2", "1,2,2", "(1,2)", "(2,1)", "[1,2]", "1.2", "x+y=1", "x-y=1", "2x=1", "1", "x=1,y=2", "x=2,y=1"]
+    changed = ["5", r"5\text{ or 6}", r"5\mbox{ Million}", r"5\text{, 7}", r"5\text{ cubed}"]
+    assert len({final(rf"\boxed{{{text}}}") for text in lists + changed}) == len(lists + changed)
 
 
 def test_the_embedded_task_votes_on_pairs_in_any_order():

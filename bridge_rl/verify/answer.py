@@ -25,9 +25,10 @@ from bridge_rl.verify.common_form import (
     clean,
     has_words_in_a_row,
     inside,
+    plain_text,
     words_of,
 )
-from bridge_rl.verify.decide import number, numbers_agree, word
+from bridge_rl.verify.decide import number, numbers, numbers_agree, word
 
 MAX_CHARS = 1000  # of an answer; a thousand nested parentheses already take sympy's parser 13 s
 TAIL_CHARS = 300  # of prose without a marked answer
@@ -178,19 +179,21 @@ def gold_answer(gold: str) -> Answer | None:
     return Answer(text) if text and closing_brace(text + "}", 0) == len(text) else None
 
 
-_NAMED = re.compile(r"[A-Za-z](?:_\w)?\s*=\s*([^=]+)")  # x = 5
+_NAMED = re.compile(r"(?:(?!\d)[^=+\-*/^<>,;]+|\([A-Za-z, ]+\)\s*)=\s*([^=]+)")  # x = 5, f(x) = x + 1, (a,b) = (1,2)
 _WITH_UNIT = re.compile(
-    r"\\?\$?(?P<value>[-+]?(?:\d[\d.]*|\\frac\{-?\d+\}\{-?\d+\}))\s*"
-    r"(?P<unit>\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\?%|\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?)?"
+    r"\\?\$?(?P<value>[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d[\d.]*|\\frac\{-?\d+\}\{-?\d+\}))(?:\s|~|\\[,;:! ])*"
+    r"(?P<unit>\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\?%|\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
 )
+_AND = re.compile(r",?\s*\\text\s*\{\s*(?:and|or)\s*\}")  # of a list
+_OF_SET = re.compile(r"(?:\\(?:left|right)\s*)?\\[{}]")
 
 
 def comparable_answer(completion: str) -> str | None:
     r"""The answer of a completion in a form for voting: `1/2`, `\frac12` and `0.5` give the same text.
 
-    Numbers are exact fractions without their unit; words lose case and spacing; anything else is compared as written,
-    but for spacing and sizes, so that `x+1` and `1+x` are two answers. None where no answer is marked, even if
-    math-verify would find one in the prose.
+    Numbers are exact fractions without their unit, in lists and sets in order of size; words lose case and spacing;
+    anything else is compared as written, but for spacing and sizes, so that `x+1` and `1+x` are two answers. None
+    where no answer is marked, even if math-verify would find one in the prose.
     """
     answer = find_answer(completion)
     if answer is None or answer.prose:
@@ -199,8 +202,8 @@ def comparable_answer(completion: str) -> str | None:
     if named := _NAMED.fullmatch(text):
         text = named[1].strip()
     goes_on = SECOND_NUMBER.search(text)
-    if not goes_on and (measured := _WITH_UNIT.fullmatch(text)) and not NO_UNIT.search(measured["unit"] or ""):
-        text = measured["value"]
-    if (value := number(text)) is not None:
-        return str(value.value)
+    if not goes_on and (measured := _WITH_UNIT.fullmatch(text)) and not NO_UNIT.search(plain_text(text)):
+        text = measured["value"].replace(",", "")
+    if values := numbers(_OF_SET.sub("", _AND.sub(",", text))):
+        return ",".join(str(value.value) for value in values)
     return word(text) or canonical(text)
