@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from synthetic import made_groups, policy, renamed
 
+from bridge_rl.evaluation import controls
 from bridge_rl.evaluation.controls import (
     Tested,
     at_equal_cost,
@@ -13,7 +14,6 @@ from bridge_rl.evaluation.controls import (
     fell,
     gain_is_elsewhere,
     judge_controls,
-    tested,
 )
 from bridge_rl.evaluation.results import Comparison, Estimate
 
@@ -189,7 +189,7 @@ def test_coverage_fell_only_where_accuracy_rose_against_the_same_rows():
 
 
 def test_a_control_is_compared_on_the_problems_that_both_have():
-    found = tested(4, "disabled", "", "pass@1", {0: 0.5, 1: 0.75, 2: 0.0}, {0: 0.25, 1: 0.5, 3: 1.0}, "a", "b")
+    found = controls.tested(4, "disabled", "", "pass@1", {0: 0.5, 1: 0.75, 2: 0.0}, {0: 0.25, 1: 0.5, 3: 1.0}, "a", "b")
     assert (found.first, found.second) == (0.625, 0.375)
     assert found.comparison.difference.value == pytest.approx(0.25)
 
