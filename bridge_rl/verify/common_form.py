@@ -54,7 +54,7 @@ _ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+(?:\.\d+
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
-_GAP = r"(?:\s|~|\\[,;: ])"
+GAP = r"(?:\s|~|\\[,;: ])"
 _ONE_BRACED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})"  # a sign, or a group
 _BRACED = rf"{_ONE_BRACED}*"
 _FRACTION_BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2
@@ -66,23 +66,23 @@ _TWO_IN_FRACTION = re.compile(  # `\frac{1 \pm \sqrt{5}}{2}`, alone or in a list
     rf"((?:\A|[=,]|\\\{{)\s*-?\s*)\\[dtc]?frac\s*\{{({_BRACED})\\pm(?![A-Za-z])((?:(?![+-]){_ONE_BRACED})*)\}}"
     rf"\s*(\{{{_BRACED}\}})(?=\s*(?:\Z|,|(?:\\right\s*)?\\\}}|\\text|\\q?quad))"
 )
-_ENDS = re.compile(rf"\A(?:{_GAP}|\\!)+|(?<!\\)(?:{_GAP}|\\!)+\Z")
-_MIXED = re.compile(rf"(?<![\w.,/^}}])(\d+){_GAP}+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
+_ENDS = re.compile(rf"\A(?:{GAP}|\\!)+|(?<!\\)(?:{GAP}|\\!)+\Z")
+_MIXED = re.compile(rf"(?<![\w.,/^}}])(\d+){GAP}+(\d+)\s*/\s*(\d+)(?![\w/^!]|\.\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
-_COUNTED = re.compile(rf"(?:\\?\$)?([-+]?\d[\d.,/]*(?:\\?%)?)(?:{_GAP}+[a-z]{{3,}}){{1,3}}")
+_COUNTED = re.compile(rf"(?:\\?\$)?([-+]?\d[\d.,/]*(?:\\?%)?)(?:{GAP}+[a-z]{{3,}}){{1,3}}")
 _MEASURED = re.compile(
-    rf"(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*(?:(?:square|cubic){_GAP}+)?"
+    rf"(?:(?<=[\d}}])|(?<=\\pi)){GAP}*(?:(?:square|cubic){GAP}+)?"
     r"(?:inch(?:es)?|feet|foot|(?:centi|milli|kilo)?met(?:er|re)s?|yards?|miles?|units?|seconds?|minutes?|hours?|days?"
     r"|weeks?|months?|years?|degrees?|dollars?|cents?|cups?|pounds?|ounces?|gallons?|lit(?:er|re)s?|(?:kilo)?grams?)\Z"
 )
 _SHORT_UNIT = r"ft|lbs?|oz|hrs|mph|kph"
 # Units without a `\text{}` that math-verify would read as products. A single letter may be a variable.
 _UNIT = re.compile(
-    rf"(?:(?:(?<=[\d}}])|(?<=\\pi)){_GAP}*"
+    rf"(?:(?:(?<=[\d}}])|(?<=\\pi)){GAP}*"
     r"(?:(?:[mcdk]m|in|ft|yd|mi|units?|inch(?:es)?|feet|met(?:er|re)s)\^(?:[23]|\{[23]\})"
     r"|(?:k?m|mi|ft)/(?:h|hr|s|sec|min)|[mcd][lL]|[mck]m|kg)"
-    rf"|(?<=\d)(?:{_SHORT_UNIT})|(?<=[\d}}]){_GAP}+(?:{_SHORT_UNIT}|mg|in|yd)"
-    rf"|(?<=\d){_GAP}+(?:dm|mi|hr))\Z"
+    rf"|(?<=\d)(?:{_SHORT_UNIT})|(?<=[\d}}]){GAP}+(?:{_SHORT_UNIT}|mg|in|yd)"
+    rf"|(?<=\d){GAP}+(?:dm|mi|hr))\Z"
 )
 # Words that change the number they follow, so that the two are no number with a unit: `5 million`, `3 times seven`.
 CHANGES = re.compile(
@@ -96,7 +96,7 @@ CHANGES = re.compile(
 NO_UNIT = re.compile(rf"{CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
 _OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
 TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
-SECOND_NUMBER = re.compile(r"(?<=\d)(?:\s|~|\\[,;: !])*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
+SECOND_NUMBER = re.compile(rf"(?<=\d)(?:{GAP}|\\!)*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
 _SPACE = re.compile(r"\\[,;:! ]|~")
 _BOLD = re.compile(rf"\\(?:boldsymbol|mathbf|bm)\s*\{{({_BRACED})\}}")
 _NUMBER_IN_TEXT = re.compile(

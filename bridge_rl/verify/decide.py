@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from bridge_rl.verify.common_form import CHANGES, INTRODUCTION, TEXT, Answer, changes, plain_text
+from bridge_rl.verify.common_form import CHANGES, GAP, INTRODUCTION, TEXT, Answer, changes, plain_text
 
 DECIMALS = 6  # to which decimals are compared, as in math-verify
 RELATIVE = Fraction(1, 10_000)  # and what they may differ by beside that, so that 1e-8 is not 2e-8
@@ -21,7 +21,7 @@ _NOT_THE_VALUE = re.compile(  # in front of it
     r"(?:\b(?:not|never)|n't|\b(?:less|more|greater|fewer|larger|smaller|other) than|\bat (?:least|most))"
     r"(?:\s+(?:be|or|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
 )
-_PERCENTAGE = re.compile(r"(.+?)(?:\s|~|\\[,;: ])*\\?%")
+_PERCENTAGE = re.compile(rf"(.+?){GAP}*\\?%")
 _GOES_ON = re.compile(r",\s*(?:\\[lc]?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS})")  # of a list or set
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-])*")
 _MIN_WORD, _SHORT_WORDS = 4, ("yes", "no")  # letters: `xyz` and `p - q` are no words, `none` is one
