@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -189,12 +190,14 @@ def run_recipe(args: argparse.Namespace) -> None:
         print(describe(recipe, plan), flush=True)
     from bridge_rl.files import alone_in
     from bridge_rl.run import train, warm_up
-    from bridge_rl.stop import leaving_at_sigterm
+    from bridge_rl.stop import raising_stopped
 
     if args.command == "warmup" and recipe.warmup is None:
         print("nothing to warm up: this recipe has no Bridge, or warmup is null", flush=True)
         return
-    with leaving_at_sigterm(), alone_in(Path(recipe.output_dir)) if is_main else nullcontext():
+    # Where no `Stop` listens, a model is being loaded, or a report written.
+    leaving = raising_stopped([signal.SIGTERM], " while nothing was to be saved: the same command goes on")
+    with leaving, alone_in(Path(recipe.output_dir)) if is_main else nullcontext():
         if args.command == "warmup":
             warm_up(recipe)
         else:

@@ -4,11 +4,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -33,17 +33,23 @@ def parse_duration(key: str, text: str | int) -> float:
 
 
 @contextmanager
-def leaving_at_sigterm() -> Iterator[None]:
-    """Inside, but where a `Stop` listens, SIGTERM raises Stopped: a model is being loaded, or a report written."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped by SIGTERM while nothing was to be saved: the same command goes on")
-
-    before = signal.signal(signal.SIGTERM, leave)
+def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, these signals call `handler`."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def raising_stopped(numbers: Iterable[int], why: str) -> AbstractContextManager[None]:
+    """Inside, these signals raise Stopped: `stopped by SIGTERM`, and `why` behind it."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped(f"stopped by {signal.Signals(number).name}{why}")
+
+    return handling(numbers, stop)
 
 
 class GivenUp(Exception):  # noqa: N818
@@ -67,15 +73,9 @@ class Stop(TrainerCallback):
         self.save_bytes = 0  # of the next save, as far as is known
         self.longest_step = self.longest_update = self.step_began = self.update_began = self.signalled = 0.0
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Inside, the two signals ask for the end; a second SIGINT ends the process at once."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling((signal.SIGTERM, signal.SIGINT), self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:

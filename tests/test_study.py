@@ -996,7 +996,7 @@ def test_a_signal_ends_what_is_running(study, tmp_path, monkeypatch, number):
 def test_a_signal_that_is_ignored_stays_so(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with command.raising_stopped():
+        with command.leaving():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

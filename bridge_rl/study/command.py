@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from bridge_rl.config import Recipe
 from bridge_rl.data import load_problems
-from bridge_rl.errors import STOPPED_CODE, Stopped, UserError
+from bridge_rl.errors import STOPPED_CODE, UserError
+from bridge_rl.stop import raising_stopped
 from bridge_rl.study.cells import (
     Cell,
     check_named,
@@ -126,7 +125,7 @@ def run_cells(plan: Plan, cells: Sequence[Cell], jobs: int) -> list[Cell]:
     waiting = [cell for cell in cells if not plan.done(cell)]
     running: dict[Cell, subprocess.Popen[bytes]] = {}
     failed: list[Cell] = []
-    with raising_stopped():
+    with leaving():
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -144,20 +143,10 @@ def run_cells(plan: Plan, cells: Sequence[Cell], jobs: int) -> list[Cell]:
     return failed
 
 
-@contextmanager
-def raising_stopped() -> Iterator[None]:
+def leaving() -> AbstractContextManager[None]:
     """Inside, SIGTERM, SIGINT and SIGHUP (of a terminal that is closed) raise `Stopped`, unless they are ignored."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped(f"stopped by {signal.Signals(number).name}: the same command goes on where the cells were")
-
     numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return raising_stopped(numbers, ": the same command goes on where the cells were")
 
 
 def start(plan: Plan, cell: Cell) -> "subprocess.Popen[bytes]":
