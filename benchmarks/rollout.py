@@ -13,7 +13,7 @@ rows are fixed beforehand, and useful tokens per second count a row's own tokens
 - tokens of cache in use at the peak of the long-tailed run, over the tokens held there;
 - how much of the machine a decode step uses: FLOPs over those of a large matrix product on CPU, bytes read over the
   bandwidth of a large copy on CUDA;
-- on CUDA, step and long-tailed scenario of a random Qwen2 of 1.5B parameters in bf16.
+- on CUDA, step and long-tailed scenario of a random Qwen2 of 1.5B parameters in bf16, also with CUDA graphs.
 
 `bars` says of each goal of the engine whether it was met. Engines take turns, and where ours is compared with others it
 is measured twice (the slower run counts, both are given), since machines are noisy.
@@ -54,6 +54,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 import bridge_rl as br
 from bridge_rl.report.results import provenance
 from bridge_rl.rollout.decode import sampling_mode
+from bridge_rl.rollout.engine import Rollout
 from bridge_rl.rollout.packing import packed_weights
 
 ROOT = Path(__file__).parent.parent
@@ -205,24 +206,36 @@ def equal_work(prompt: int, groups: int, width: int, length: int) -> Work:
     return Work(prompts, [[length] * width for _ in range(groups)], prompt, length, groups * width)
 
 
-def step_cost(model: PreTrainedModel, plan: Plan, prompt: int) -> dict[str, Any]:
-    """Time of a decode step with all rows running: both arms in turns within a rollout, and the ratios of the pairs."""
-    visits = 2 * (plan.step_pairs + WARM_UP_PAIRS)
-    length = visits * (8 if torch.cuda.is_available() else 1) + 2  # steps_per_visit of RolloutOptions
+def step_cost(model: PreTrainedModel, plan: Plan, prompt: int, recorded: bool = False) -> dict[str, Any]:
+    """Time of a decode step with all rows running, in both arms, and the ratios of the pairs.
+
+    Both arms in turns within a rollout; or, `recorded`, as CUDA graphs, which hold one arm: a rollout for each.
+    """
+    visits = plan.step_pairs + WARM_UP_PAIRS  # of each arm
+    made = visits if recorded else 2 * visits
+    length = made * (8 if torch.cuda.is_available() else 1) + 2  # steps_per_visit of RolloutOptions
     work = equal_work(prompt, plan.step_rows // plan.step_width, plan.step_width, length)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     with sampling_mode(model), packed_weights(model), torch.no_grad():
-        rollout = make_rollout(model, work)
-        while not rollout.running:
-            rollout.advance()
-        for visit in range(visits):
-            arm = ARMS[visit % 2]
-            start, steps = synchronized_seconds(), rollout.stats.steps
-            with nullcontext() if arm == "with_bridge" else br.disable_bridge(model):
+        for turn in ([arm] for arm in ARMS) if recorded else [ARMS]:
+            rollout = make_rollout(model, work, cuda_graphs=recorded)
+            while not rollout.running:
                 rollout.advance()
-            seconds[arm].append((synchronized_seconds() - start) / (rollout.stats.steps - steps))
+            for visit in range(made):
+                arm = turn[visit % len(turn)]
+                with nullcontext() if arm == "with_bridge" else br.disable_bridge(model):
+                    seconds[arm] += seconds_per_step(rollout)
     shape = {"prompt": prompt, "rows": plan.step_rows, "width": plan.step_width, "generated": rollout.stats.steps / 2}
     return {**shape, **paired({arm: values[WARM_UP_PAIRS:] for arm, values in seconds.items()})}
+
+
+def seconds_per_step(rollout: Rollout) -> list[float]:
+    """Of the rollout's next pass over its rows; none if it had to record a graph, which later passes replay."""
+    graphs = getattr(rollout.decoder, "graphs", ())
+    start, steps, recorded = synchronized_seconds(), rollout.stats.steps, len(graphs)
+    rollout.advance()
+    seconds = (synchronized_seconds() - start) / (rollout.stats.steps - steps)
+    return [seconds] if len(graphs) == recorded else []
 
 
 def prefill_cost(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
@@ -306,11 +319,17 @@ def large_model(peak: dict[str, float]) -> dict[str, Any] | None:
         return None
     model = qwen_1_5b().eval().requires_grad_(False)
     plan = Plan((), (), step_rows=QWEN.max_rows)
-    cost = step_cost(model, plan, prompt=64)
+    cost, with_graphs = (step_cost(model, plan, prompt=64, recorded=recorded) for recorded in (False, True))
     others = {name: OTHERS[name] for name in ("hf_generate_dynamic", "hf_generate_static")}
     others["ours_with_graphs"] = partial(ours, cuda_graphs=True)
     scenario = run_scenario(model, QWEN, others)
-    return {**scenario, "step": cost, "roofline": roofline(model, cost, peak)}
+    return {
+        **scenario,
+        "step": cost,
+        "roofline": roofline(model, cost, peak),
+        "step_with_graphs": with_graphs,
+        "roofline_with_graphs": roofline(model, with_graphs, peak),
+    }
 
 
 def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -330,8 +349,9 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
     lines.append(bar(name, results["prefill"]["ratio"], 1.2, True))
     lines.append(bar("4 peak tokens of cache over tokens held", cache["ratio"], 1.1, True))
     for arm in ARMS:
-        share = large and large["roofline"][arm]
-        lines.append(bar(f"5 1.5B on CUDA, share of bandwidth {arm}", share, 0.6))
+        for kind in ("", "_with_graphs"):
+            share = large and large[f"roofline{kind}"][arm]
+            lines.append(bar(f"5 1.5B on CUDA, share of bandwidth {arm}{kind}", share, 0.6))
     for arm in (*ARMS, "with_graphs"):
         ratio = large and speedup(large, arm, generate)
         lines.append(bar(f"5 1.5B on CUDA, {arm} over the best of generate", ratio, 10))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,31 @@ def test_on_a_gpu_the_memory_of_sampling_is_measured_apart_from_that_of_the_upda
     monkeypatch.setattr(memory.bridge_rl.trainer, "lockstep_rollout", memory.bridge_rl.trainer.lockstep_rollout)
     shape = memory.Shape("small", hidden=32, inner=64, layers=1, heads=4, prompt=8, new_tokens=4)
     assert memory.measure_cuda(shape, str(tmp_path)) == {"rollout": 7, "update": 3}
+
+
+def test_each_arm_is_timed_in_a_rollout_of_its_own_graphs_and_without_the_steps_that_record_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import rollout as benchmark
+
+    model, arms = benchmark.tiny_model().eval(), []
+    plain = benchmark.make_rollout
+
+    def with_graphs(model, work, cuda_graphs):
+        assert cuda_graphs
+        made, of_rollout = plain(model, work), []
+        made.decoder.graphs, advance = {}, made.advance
+        arms.append(of_rollout)
+
+        def record_every_second_step():
+            advance()
+            if made.stats.steps:
+                of_rollout.append(benchmark.br.surgery.find_state(model).enabled)
+                made.decoder.graphs[made.stats.steps // 2] = "recorded at even steps"
+
+        made.advance = record_every_second_step
+        return made
+
+    monkeypatch.setattr(benchmark, "make_rollout", with_graphs)
+    cost = benchmark.step_cost(model, replace(benchmark.QUICK, step_pairs=8), prompt=8, recorded=True)
+    assert arms == [[True] * 10, [False] * 10]
+    assert cost["pairs"] == 2  # of 10 passes the first and the even ones record, and two of the others warm up
