@@ -37,6 +37,11 @@ _WORDS = r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\}(?:\^\{?-?\d\}?)?"
 # `\text{` to the last brace, and variables such as `t` and `c`.
 _UNIT = rf"(?<=[^\W_]|[)\]}}!.%|]){_GAP}{_WORDS}(?:{_GAP}(?:(?:/|\\cdot|\\times){_GAP})?{_WORDS})*{_GAP}"
 _LAST_UNIT, _UNIT_OF_FORMULA = re.compile(rf"{_UNIT}\Z"), re.compile(rf"{_UNIT}(?=\$|\\[\])])")
+# `1:2:3`, behind its name or not, which math-verify reads as 1/2/3; of two parts a quotient is as good.
+_RATIO = re.compile(r"(?:[^=\d]+=)?([^:,=]+(?::[^:,=]+){2,})")
+_PRIMED = re.compile(  # `f'`, which math-verify reads as `f`; a command takes no stroke
+    r"\\[A-Za-z]+|([A-Za-z])((?:'|\^\s*\\prime(?![A-Za-z])|\^\s*\{\s*(?:\\prime\s*)+\})+)"
+)
 RECYCLE_SHARE = 0.5  # of the memory limit: leave at that size, so that no later pair meets a full process
 
 
@@ -105,9 +110,12 @@ def _parse(latex: str) -> Any | None:
 
     if "mod" in latex:  # math-verify reads `a \\bmod n` as n
         return None
+    if ratio := _RATIO.fullmatch(latex):
+        return _shares(ratio[1].split(":"))
+    latex = _PRIMED.sub(_with_strokes_as_index, _LAST_UNIT.sub("", latex))
     config = replace(LatexExtractionConfig().normalization_config, boxed="none", units=False)
     try:
-        return parse_latex_cached(normalize_latex(_LAST_UNIT.sub("", latex), config=config))
+        return parse_latex_cached(normalize_latex(latex, config=config))
     except (MemoryError, RecursionError):
         raise
     except Exception:  # the parser raises whatever the text makes it raise: LaTeXParsingError, TypeError, KeyError, ...
@@ -115,6 +123,24 @@ def _parse(latex: str) -> Any | None:
 
 
 _parse_gold = lru_cache(maxsize=4096)(_parse)
+
+
+def _with_strokes_as_index(match: re.Match[str]) -> str:
+    strokes = match[2].count("'") + match[2].count("prime") if match[1] else 0
+    return f"{match[1]}_{{p{strokes}}}" if strokes else match[0]
+
+
+def _shares(parts: list[str]) -> Any | None:
+    """The parts of a ratio in order, the first being 1, so that `2:4:6` is `1:2:3`; as written if one of them is 0, as
+    in the time 10:00:00. Behind a mark that no other answer has. None if one is no number or expression.
+    """
+    from sympy import Expr, Symbol, Tuple
+
+    shares = [share for share in map(_parse, parts) if isinstance(share, Expr)]
+    if len(shares) < len(parts):
+        return None
+    unit = 1 if 0 in shares else shares[0]
+    return Tuple(Symbol(":"), *(share / unit for share in shares))
 
 
 def _parse_prose(text: str) -> Any | None:
@@ -160,15 +186,16 @@ def _with_imaginary_unit(expression: Any) -> Any:
 
 
 def _states_falsehood(expression: Any) -> bool:
-    """Whether one of its equations has two different numbers for sides, as in `3=2`. `\\sqrt{2}=1.414` is let pass."""
+    """Whether it sets two different numbers equal, as `3=2` and `5=x=7` do. `\\sqrt{2}=1.414` is let pass."""
     from latex2sympy2_extended.logic import And
     from sympy import Eq, Float
 
-    if isinstance(expression, And):
-        return any(map(_states_falsehood, expression.args))
-    if not isinstance(expression, Eq) or not all(map(_is_number, expression.args)):
-        return False
-    return _gap(*expression.args) > (1e-2 if expression.has(Float) else 1e-12)
+    parts = expression.args if isinstance(expression, And) else (expression,)
+    if len(parts) > 1 and not all(isinstance(part, Eq) for part in parts):  # not one chain: `1<x=2`
+        return any(map(_states_falsehood, parts))
+    numbers = [side for part in parts if isinstance(part, Eq) for side in part.args if _is_number(side)]
+    tolerance = 1e-2 if any(number.has(Float) for number in numbers) else 1e-12
+    return any(_gap(numbers[0], number) > tolerance for number in numbers[1:])
 
 
 def _only_one_is_a_set(gold: Any, given: Any) -> bool:
