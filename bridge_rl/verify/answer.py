@@ -17,7 +17,7 @@ from typing import Any
 from bridge_rl.verify.common_form import (
     CHANGES,
     DELIMITED,
-    GAP,
+    GAPS,
     INTRODUCTION,
     NO_UNIT,
     SECOND_NUMBER,
@@ -183,7 +183,7 @@ def gold_answer(gold: str) -> Answer | None:
 _NAMED = re.compile(r"(?:(?!\d)[^=+\-*/^<>,;]+|\([A-Za-z, ]+\)\s*)=\s*([^=]+)")  # x = 5, f(x) = x + 1, (a,b) = (1,2)
 _WITH_UNIT = re.compile(
     r"\\?\$?(?P<value>[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d[\d.]*|\\frac\{-?\d+\}\{-?\d+\}))"
-    rf"(?:{GAP}|\\!)*"
+    rf"{GAPS}"
     r"(?P<unit>\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\?%|\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
 )
 _AND = re.compile(r",?\s*\\text\s*\{\s*(?:and|or)\s*\}")  # of a list

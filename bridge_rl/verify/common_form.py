@@ -55,6 +55,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!\s?|\\[,!;: ]|[ \u00
 _THOUSANDS_COMMA = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 GAP = r"(?:\s|~|\\[,;: ])"
+GAPS = rf"(?:{GAP}|\\!)*"
 _ONE_BRACED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})"  # a sign, or a group
 _BRACED = rf"{_ONE_BRACED}*"
 _FRACTION_BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2
@@ -96,7 +97,14 @@ CHANGES = re.compile(
 NO_UNIT = re.compile(rf"{CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s?\b")
 _OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
 TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
-SECOND_NUMBER = re.compile(rf"(?<=\d)(?:{GAP}|\\!)*" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
+SECOND_NUMBER = re.compile(rf"(?<=\d){GAPS}" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
+_UNIT_WORDS = _OPENS_TEXT + r"[^{}\d]*\}(?:\^\{?-?\d\}?)?"
+# `\text{ cm}`, `\text{m}/\text{s}^2` behind a value. math-verify's own rule takes for a unit all from the first
+# `\text{` to the last brace, and variables such as `t` and `c`.
+_UNIT_IN_TEXT = (
+    rf"(?<=[^\W_]|[)\]}}!.%|]){GAPS}{_UNIT_WORDS}(?:{GAPS}(?:(?:/|\\cdot|\\times){GAPS})?{_UNIT_WORDS})*{GAPS}"
+)
+_LAST_UNIT, _UNIT_OF_FORMULA = re.compile(rf"{_UNIT_IN_TEXT}\Z"), re.compile(rf"{_UNIT_IN_TEXT}(?=\$|\\[\])])")
 _SPACE = re.compile(r"\\[,;:! ]|~")
 _BOLD = re.compile(rf"\\(?:boldsymbol|mathbf|bm)\s*\{{({_BRACED})\}}")
 _NUMBER_IN_TEXT = re.compile(
@@ -153,6 +161,11 @@ def clean(text: str) -> str:
     if (counted := _COUNTED.fullmatch(text)) and not NO_UNIT.search(plain_text(text)):
         text = counted[1]
     return text.replace(",", "") if _THOUSANDS_COMMA.fullmatch(text) else text
+
+
+def without_unit(answer: Answer) -> str:
+    """The text as a worker reads it. `decide` has to see the units before, which may change a number: `5 million`."""
+    return (_UNIT_OF_FORMULA if answer.prose else _LAST_UNIT).sub("", answer.text)
 
 
 def inside(formula: re.Match[str]) -> str:

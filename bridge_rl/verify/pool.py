@@ -22,7 +22,7 @@ from typing import Literal, cast, get_args
 
 from bridge_rl.errors import UserError
 from bridge_rl.verify.answer import find_answer, gold_answer
-from bridge_rl.verify.common_form import canonical
+from bridge_rl.verify.common_form import canonical, without_unit
 from bridge_rl.verify.decide import decide, readable, word
 
 Status = Literal["ok", "unparsed", "timeout", "error"]
@@ -98,7 +98,7 @@ class VerifierPool:
         """Whether each reference answer can be compared with; one that parses too slowly can not."""
         answers = {text: gold_answer(text) for text in gold}
         jobs = {
-            text: MathJob(answer.text, None)
+            text: MathJob(without_unit(answer), None)
             for text, answer in answers.items()
             if answer is not None and not readable(answer)
         }
@@ -175,13 +175,13 @@ def _prepare(prediction: str, gold: str) -> Verdict | Job:
         return Verdict(False, "error")
     if answer is None:
         # Without an answer there is nothing to compare, but bad gold is reported all the same.
-        return Verdict(False, "unparsed") if readable(reference) else MathJob(reference.text, "")
+        return Verdict(False, "unparsed") if readable(reference) else MathJob(without_unit(reference), "")
     if (correct := decide(answer, reference)) is not None:
         return Verdict(correct, "ok")
     if word(reference.text) is not None:
         return Verdict(False, "unparsed" if answer.prose else "ok")
     same = canonical(answer.text) == canonical(reference.text)
-    return MathJob(reference.text, answer.text, answer.prose, same)
+    return MathJob(without_unit(reference), without_unit(answer), answer.prose, same)
 
 
 class _Worker:

@@ -1,8 +1,8 @@
 r"""One verifier process: reads a pair a line, answers with its status and verdict. Run by file path, imports no torch.
 
-A line in is JSON, the keyword arguments of `judge`, with answers as `common_form.clean` leaves them. A line out is
-`status 0|1`, or `failed 0` before it leaves; the first line is `ready`. Nothing of sympy's leaves the process: not even
-`str` of an expression, which may take forever. The deadline is the parent's, by SIGKILL.
+A line in is JSON, the keyword arguments of `judge`, with answers as `common_form.without_unit` leaves them. A line out
+is `status 0|1`, or `failed 0` before it leaves; the first line is `ready`. Nothing of sympy's leaves the process: not
+even `str` of an expression, which may take forever. The deadline is the parent's, by SIGKILL.
 
 Known limits, each with a test of what happens today:
 - right and refused: `x<2 \text{ or } x>3` against a union of intervals; `\log 2` (base 10) against `\ln 2`; numbers in
@@ -31,12 +31,6 @@ from typing import Any
 DIGITS = 50
 EXACT_GAP = 1e-40  # pi is not pi + 1e-20; math-verify compares 15 digits
 FLOAT_GAP = 1e-4  # beside math-verify's 6 decimals, so that 1e-8 is not 2e-8
-_GAP = r"(?:\s|~|\\[,;:! ])*"
-_WORDS = r"\\(?:text\w*|mbox|mathrm)\s*\{[^{}\d]*\}(?:\^\{?-?\d\}?)?"
-# `\text{ cm}`, `\text{m}/\text{s}^2` behind a value. math-verify's own rule takes for a unit all from the first
-# `\text{` to the last brace, and variables such as `t` and `c`.
-_UNIT = rf"(?<=[^\W_]|[)\]}}!.%|]){_GAP}{_WORDS}(?:{_GAP}(?:(?:/|\\cdot|\\times){_GAP})?{_WORDS})*{_GAP}"
-_LAST_UNIT, _UNIT_OF_FORMULA = re.compile(rf"{_UNIT}\Z"), re.compile(rf"{_UNIT}(?=\$|\\[\])])")
 # `1:2:3`, behind its name or not, which math-verify reads as 1/2/3; of two parts a quotient is as good.
 _RATIO = re.compile(r"(?:[^=\d]+=)?([^:,=]+(?::[^:,=]+){2,})")
 _PRIMED = re.compile(  # `f'`, which math-verify reads as `f`; a command takes no stroke
@@ -112,7 +106,7 @@ def _parse(latex: str) -> Any | None:
         return None
     if ratio := _RATIO.fullmatch(latex):
         return _shares(ratio[1].split(":"))
-    latex = _PRIMED.sub(_with_strokes_as_index, _LAST_UNIT.sub("", latex))
+    latex = _PRIMED.sub(_with_strokes_as_index, latex)
     config = replace(LatexExtractionConfig().normalization_config, boxed="none", units=False)
     try:
         return parse_latex_cached(normalize_latex(latex, config=config))
@@ -149,7 +143,6 @@ def _parse_prose(text: str) -> Any | None:
 
     config = replace(LatexExtractionConfig().normalization_config, units=False)
     targets = [LatexExtractionConfig(normalization_config=config), ExprExtractionConfig()]
-    text = _UNIT_OF_FORMULA.sub("", text)
     return next(iter(parse(text, targets, fallback_mode="no_fallback", parsing_timeout=None)), None)
 
 
