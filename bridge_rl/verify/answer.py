@@ -40,12 +40,13 @@ _NEXT_STEP = re.compile(r"\d+[.)]\s+\S")  # a heading: `#### 2. Add them`
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _EMPHASIS = re.compile(r"(?<![\w)\]}])\*\*|\*\*(?![\w({\\-])")  # `**5** apples`, but no power
 _ANSWER_IS = re.compile(
-    r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b(?:\s+(?:therefore|thus|hence|simply|indeed)\b,?)?|:)[\s:*]*(?=\S)",
+    r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b(?:\s+(?:therefore|thus|hence|simply|indeed)\b,?)?|:)[\s:*]*(?=\S)"
+    r"|答案\s*(?:应?[是为]|[:\N{FULLWIDTH COLON}])[\s:\N{FULLWIDTH COLON}*]*(?=\S)",
     re.IGNORECASE,
 )
-_FURTHER = re.compile(rf"\s*(?:,\s*)?(?:or|and|,)\s*(?:{DELIMITED.pattern})", re.DOTALL)  # `$5$ or $6$`
-_CLAUSE_END = re.compile(r"[ \t*]*(?:[.!?;\n]|\Z)")
-_SENTENCE_END = re.compile(r"[.!?;](?:\s|$)")
+_FURTHER = re.compile(rf"\s*(?:,\s*)?(?:or|and|[,或和、])\s*(?:{DELIMITED.pattern})", re.DOTALL)  # `$5$ or $6$`
+_CLAUSE_END = re.compile(r"[ \t*]*(?:[.!?;\n\N{IDEOGRAPHIC FULL STOP}]|\Z)")
+_SENTENCE_END = re.compile(r"[.!?;](?:\s|$)|\N{IDEOGRAPHIC FULL STOP}")
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:

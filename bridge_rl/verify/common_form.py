@@ -48,6 +48,7 @@ _SIGNS = str.maketrans(
 _POWER = re.compile("\u207b?[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")  # digits above the line, with their minus
 _TIMES_TIMES = re.compile(r"(?<=[\w)\]}])\*\*(?=[\w({\\-])")  # a power, as programs write it
 _INDEX = re.compile("[\u2080-\u2089]+")  # and below it
+_COLOUR = re.compile(r"\\(?:text)?color\s*(?:\[\w+\])?\s*\{[^{}]*\}")
 _RELATION = re.compile(r"\A(?:=|\\approx(?![A-Za-z]))\s*(?=\S)")  # in front of an answer, to what came before it
 _ONE_SIGN = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e])")  # fractions such as one half
 _ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])))")
@@ -98,6 +99,16 @@ NO_UNIT = re.compile(rf"{CHANGES.pattern}|\b(?:percent|percentage|pct|and|sqrt)s
 _OPENS_TEXT = r"\\(?:text\w*|mbox|mathrm)\s*\{"
 TEXT = re.compile(_OPENS_TEXT + r"([^{}]*)\}")
 SECOND_NUMBER = re.compile(rf"(?<=\d){GAPS}" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]*)\}")  # 5\text{6}
+_CAPTION = re.compile(  # inside of a box: `\text{Answer: }5`
+    rf"\A({_OPENS_TEXT})?\s*(?:(?:the|final|correct)\s+)*answer\s*(?:is\b\s*:?|:)\s*", re.IGNORECASE
+)
+_ORDINAL = re.compile(  # `4^{\text{th}}`; of `4^{th}` the letters may be variables
+    rf"\^\s*(?:(?P<opens>\{{)\s*)?{_OPENS_TEXT}\s*(?:st|nd|rd|th)\s*\}}(?(opens)\s*\}})"
+)
+_DEGREES = re.compile(  # of an angle, where math-verify leaves the sign out as it does behind an answer
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\d|\{\d\})\s*)?(?:(?:\\left\s*)?\(\s*)?)"
+    r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})"
+)
 _UNIT_WORDS = _OPENS_TEXT + r"[^{}\d]*\}(?:\^\{?-?\d\}?)?"
 # `\text{ cm}`, `\text{m}/\text{s}^2` behind a value. math-verify's own rule takes for a unit all from the first
 # `\text{` to the last brace, and variables such as `t` and `c`.
@@ -106,7 +117,7 @@ _UNIT_IN_TEXT = (
 )
 _LAST_UNIT, _UNIT_OF_FORMULA = re.compile(rf"{_UNIT_IN_TEXT}\Z"), re.compile(rf"{_UNIT_IN_TEXT}(?=\$|\\[\])])")
 _SPACE = re.compile(r"\\[,;:! ]|~")
-_BOLD = re.compile(rf"\\(?:boldsymbol|mathbf|bm)\s*\{{({_BRACED})\}}")
+_DECORATED = re.compile(rf"(?:\\(?:boldsymbol|mathbf|bm|underline)\s*)?\{{({_BRACED})\}}")
 _NUMBER_IN_TEXT = re.compile(
     _OPENS_TEXT + r"\s*([-+]?(?:\d[\d.,/:]*|\.\d+))(\s(?!\s*[xyzn]\s*\})[^{}\d]*)?\}(\^\{?\d\}?)?"
 )
@@ -122,19 +133,24 @@ def clean(text: str) -> str:
     text = text.strip().translate(_SIGNS).strip("*").strip()
     while (whole := DELIMITED.fullmatch(text)) is not None:
         text = inside(whole)
+    text = _COLOUR.sub("", text)
+    text = re.sub(_OPENS_TEXT + r"\s*\}", "", _CAPTION.sub(r"\1", text)).strip()
     text = _RELATION.sub("", text)
     text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0]).translate(_SIGNS)}}}", text)
     text = _TIMES_TIMES.sub("^", text)
     text = _INDEX.sub(lambda match: f"_{{{normalize('NFKC', match[0])}}}", text)
     text = _ONE_SIGN.sub(_fraction_of_one_sign, text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{next(part for part in match.groups() if part is not None)}}}", text)
-    text = re.sub(r"\\(?:displaystyle|textstyle)(?![A-Za-z])", "", text).strip()
+    text = re.sub(r"\\(?:displaystyle|textstyle|[Ll]arge|bf|rm)(?![A-Za-z])", "", text).strip()
     text = re.sub(r"\^\s*\{\s*\\degree\s*\}|\^?\s*\\degree(?![A-Za-z])", r"^\\circ ", text)
+    text = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text)
+    text = _ORDINAL.sub("", text)
+    text = re.sub(r"\\langle(?![A-Za-z])", "(", re.sub(r"\\rangle(?![A-Za-z])", ")", text))
     text = _CONSTANT.sub(r" \1", text).strip()  # which the worker would take for a unit
     if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
         text = text[:-1].rstrip()
     text = _ENDS.sub("", text)
-    if whole := _BOLD.fullmatch(text):
+    if whole := _DECORATED.fullmatch(text):
         text = whole[1].strip()
     if whole := _NUMBER_IN_TEXT.fullmatch(text):  # `\text{5 cm}`
         text = whole[1] + (rf"\text{{{whole[2]}}}{whole[3] or ''}" if (whole[2] or "").strip() else "")

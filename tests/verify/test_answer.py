@@ -198,6 +198,7 @@ def test_completions_of_both_kinds_give_their_text():
         r"\boxed{" * 20_000,
         "answer is " * 20_000,
         "answer: " + ":" * 100_000,
+        "答案是 " * 20_000,
         "#" * 100_000,
         "#" * 100_000 + "\nx",
         "$" * 100_001,
@@ -212,7 +213,7 @@ def test_completions_of_both_kinds_give_their_text():
         r"\boxed{1" + " " * 900 + "1}",
         "\x00" * 1000,
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_extraction_and_the_fast_path_take_no_time_on_any_text(text):
     start = time.perf_counter()

@@ -256,6 +256,32 @@ RIGHT = [
     ("0", "x=y=0"),
     ("1.414", r"x=\sqrt{2}=1.414"),
     ("50", r"x=0.5=50\%"),
+    # captions, colours and sizes
+    ("5", r"\text{Answer: }5"),
+    ("5", r"\textbf{Answer:} 5\text{ cm}"),
+    ("5", r"\text{The final answer is: 5}"),
+    ("Monday", r"\text{Answer: Monday}"),
+    ("36", r"\textcolor{red}{36}"),
+    ("36", r"{\color{red}36}"),
+    ("36", r"\color[rgb]{1,0,0}{36}"),
+    (r"\frac{3}{4}", r"\frac{\textcolor{red}{3}}{\color{blue}4}"),
+    ("36", r"{\large 36}"),
+    ("36", r"{\bf 36}"),
+    ("36", r"\underline{36}"),
+    # ordinals
+    ("4", r"4^{\text{th}}"),
+    ("4", r"4^\text{th}\text{ term}"),
+    (r"2^{\text{nd}}", "2"),
+    (r"n^{\mathrm{th}}", "n"),
+    # angle brackets
+    ("(1,2)", r"\langle 1,2\rangle"),
+    (r"\left\langle 1,2,3\right\rangle", "(1,2,3)"),
+    # degrees of an angle
+    (r"\frac12", r"\sin 30^\circ"),
+    (r"\frac12", r"\cos\left(60^{\circ}\right)"),
+    (r"\frac34", "\\cos^2 30\N{DEGREE SIGN}"),
+    (r"10\sin 20^\circ", r"10\cos 70^\circ"),
+    (r"\tan 15^\circ", r"2-\sqrt{3}"),
 ]
 
 WRONG = [
@@ -448,6 +474,21 @@ WRONG = [
     ("5", "5=x=7"),
     ("7", "5=x=7"),
     ("3", "2=a=b=3"),
+    # captions and colours
+    ("5", r"\text{Answer: }6"),
+    ("5", r"\text{The answer is not }5"),
+    ("5", r"\text{The answer is at least 5}"),
+    ("36", r"\textcolor{red}{35}"),
+    (r"\frac{3}{4}", r"\frac{\textcolor{red}{4}}{\color{blue}3}"),
+    # ordinals
+    ("4", r"5^{\text{th}}"),
+    ("16", r"2^{\text{nd}}"),
+    # angle brackets
+    (r"\langle 1,2\rangle", r"\langle 2,1\rangle"),
+    # degrees of an angle
+    (r"\sin 30^\circ", r"\sin 30"),
+    (r"\tan 15^\circ", r"2+\sqrt{3}"),
+    (r"\frac12", r"\cos 30^\circ"),
 ]
 
 KNOWN_LIMITS = [
@@ -467,6 +508,7 @@ KNOWN_LIMITS = [
     # convention
     ("101", "101_2", True),
     ("50", r"50\%", True),
+    ("5", r"5\text{ K}", True),  # kelvin is a unit as any other
 ]
 
 IN_PROSE = [
@@ -537,6 +579,13 @@ IN_PROSE = [
     ("5", r"so it is $5\text{ cm}$ long", True),
     ("5", r"<think>I need \boxed{ here</think> \boxed{5}", True),
     ("5", r"<think>\boxed{7}</think> \boxed{5", False),
+    ("5", "所以答案是 5", True),
+    ("5", "**答案\N{FULLWIDTH COLON}** 5", True),
+    ("5", "答案应为5。因为 3+2=5, 不是 6。", True),
+    ("6", "答案应为5。因为 3+2=5, 不是 6。", False),
+    ("5", "答案不是 5", False),
+    ("5,6", "答案是 $5$ 和 $6$。", True),
+    ("5", "答案是 $5$ 或 $6$。", False),
 ]
 
 
