@@ -60,8 +60,8 @@ GAPS = rf"(?:{GAP}|\\!)*"
 _ONE_BRACED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})"  # a sign, or a group
 _BRACED = rf"{_ONE_BRACED}*"
 _FRACTION_BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2
-    (re.compile(r"\\[dtc]?frac\s*(\d)\s*(?=[\d{])"), r"\\frac{\1}"),
-    (re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\})\s*(\d)"), r"\\frac\1{\2}"),
+    (re.compile(r"\\[dtc]?frac\s*(\d|\\pi)\s*(?=[\d{]|\\pi)"), r"\\frac{\1}"),
+    (re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\})\s*(\d|\\pi)"), r"\\frac\1{\2}"),
 )
 _MIXED_FRACTION = re.compile(r"(?<![\w.}^])(\d+)\s*\\[dtc]?frac\{(\d+)\}\{(\d+)\}")
 _TWO_IN_FRACTION = re.compile(  # `\frac{1 \pm \sqrt{5}}{2}`, alone or in a list
@@ -102,6 +102,9 @@ SECOND_NUMBER = re.compile(rf"(?<=\d){GAPS}" + _OPENS_TEXT + r"(\s*[-+.]?\d[^{}]
 _CAPTION = re.compile(  # inside of a box: `\text{Answer: }5`
     rf"\A({_OPENS_TEXT})?\s*(?:(?:the|final|correct)\s+)*answer\s*(?:is\b\s*:?|:)\s*", re.IGNORECASE
 )
+_EXPLAINED = re.compile(r"\s*\(i\.e\.[^()\d]*\)\Z")  # `100 (i.e., all values)`
+_FORMULA_AND_UNIT = re.compile(r"\$([^$]*[\d}])\$\s*([A-Za-z][^$\d]*)")  # `$12$ cm`
+_BARE_HALF_OF_DAY = re.compile(rf"(?<=:\d\d){GAP}*([ap]\.?\s?m)\Z", re.IGNORECASE)  # `4:30 p.m.`
 _ORDINAL = re.compile(  # `4^{\text{th}}`; of `4^{th}` the letters may be variables
     rf"\^\s*(?:(?P<opens>\{{)\s*)?{_OPENS_TEXT}\s*(?:st|nd|rd|th)\s*\}}(?(opens)\s*\}})"
 )
@@ -122,9 +125,11 @@ _NUMBER_IN_TEXT = re.compile(
     _OPENS_TEXT + r"\s*([-+]?(?:\d[\d.,/:]*|\.\d+))(\s(?!\s*[xyzn]\s*\})[^{}\d]*)?\}(\^\{?\d\}?)?"
 )
 _CONSTANT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{\s*([ei]|pi)\s*\}")
+_NAME = r"\\?[A-Za-z]\w*(?:_\{\w+\})?"
 _NEXT_EQUATION = re.compile(  # what may stand between two: `x=5 \quad x=7`
-    r"(?:\s|,|;|~|\\[,;: ]|\\q?quad(?![A-Za-z])|\\\\|\\&|\\text\s*\{\s*(?:or|and)\b[^{}=]*\})+"
-    r"(?=\\?[A-Za-z]\w*(?:_\{\w+\})?\s*=)"
+    r"(?:\s|,|;|~|\\[,;: ]|\\q?quad(?![A-Za-z])|\\\\|\\&|\\text\s*\{\s*(?:or|and)\b[^{}=]*\}"
+    r"|\b(?:or|and)\b)+"
+    rf"(?={_NAME}\s*=)"
 )
 
 
@@ -133,7 +138,9 @@ def clean(text: str) -> str:
     text = text.strip().translate(_SIGNS).strip("*").strip()
     while (whole := DELIMITED.fullmatch(text)) is not None:
         text = inside(whole)
-    text = _COLOUR.sub("", text)
+    if apart := _FORMULA_AND_UNIT.fullmatch(text):
+        text = rf"{apart[1]}\text{{ {apart[2]}}}"
+    text = _EXPLAINED.sub("", _COLOUR.sub("", text))
     text = re.sub(_OPENS_TEXT + r"\s*\}", "", _CAPTION.sub(r"\1", text)).strip()
     text = _RELATION.sub("", text)
     text = _POWER.sub(lambda match: f"^{{{normalize('NFKC', match[0]).translate(_SIGNS)}}}", text)
@@ -149,7 +156,7 @@ def clean(text: str) -> str:
     text = _CONSTANT.sub(r" \1", text).strip()  # which the worker would take for a unit
     if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
         text = text[:-1].rstrip()
-    text = _ENDS.sub("", text)
+    text = _ENDS.sub("", _BARE_HALF_OF_DAY.sub(r"\\text{ \1}", text))
     if whole := _DECORATED.fullmatch(text):
         text = whole[1].strip()
     if whole := _NUMBER_IN_TEXT.fullmatch(text):  # `\text{5 cm}`
@@ -161,7 +168,7 @@ def clean(text: str) -> str:
         text = re.sub(r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }", text)
         text = re.sub(r"\\(?:land|wedge)(?![A-Za-z])", ",", text)
         if text.count("=") > 1 and r"\begin" not in text:
-            text = _NEXT_EQUATION.sub(", ", text)
+            text = _solutions(_NEXT_EQUATION.sub(", ", text))
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     for pattern, braced in _FRACTION_BRACES:
@@ -195,6 +202,23 @@ def words_of(text: str) -> list[str]:
 def has_words_in_a_row(formula: str) -> bool:
     """Unlike `xy + yz`: what is between two signs of money, `5 and not`."""
     return re.search(rf"{_WORD.pattern}\s+{_WORD.pattern}", _GROUP_OF_TEXT.sub("|", formula)) is not None
+
+
+def _solutions(text: str) -> str:
+    """Of `x=1, y=2, x=3, y=4` the pairs `(1,2),(3,4)`: which values belong together is a part of the answer."""
+    solutions: list[dict[str, str]] = [{}]
+    for equation in text.split(","):
+        name, _, value = map(str.strip, equation.partition("="))
+        if not re.fullmatch(_NAME, name):
+            return text
+        if name in solutions[-1]:
+            solutions.append({})
+        solutions[-1][name] = value
+    names = sorted(solutions[0])
+    several = len(solutions) > 1 and len(names) > 1
+    if not several or any(sorted(solution) != names or "=" in "".join(solution.values()) for solution in solutions):
+        return text
+    return ",".join("(" + ",".join(solution[name] for name in names) + ")" for solution in solutions)
 
 
 def _fraction_of_one_sign(match: re.Match[str]) -> str:

@@ -282,6 +282,28 @@ RIGHT = [
     (r"\frac34", "\\cos^2 30\N{DEGREE SIGN}"),
     (r"10\sin 20^\circ", r"10\cos 70^\circ"),
     (r"\tan 15^\circ", r"2-\sqrt{3}"),
+    # several solutions, in words without a `\text{}`
+    ("16,81", "x=16 and x=81"),
+    ("x=16 and x=81", "81, 16"),
+    ("1,2", "x=1 or x=2"),
+    ("band=5", "band=5"),
+    # solutions of several unknowns
+    ("x=0, y=2 and x=9, y=11", "(9,11),(0,2)"),
+    ("(0,2),(9,11)", r"x=9, y=11 \text{ or } y=2, x=0"),
+    (r"(0,\frac12),(\frac12,0)", r"x=0, y=\frac12;\; x=\frac12, y=0"),
+    ("x=1, y=2", "y=2, x=1"),
+    ("(x=8, y=2), (x=2, y=8)", "(2,8),(8,2)"),
+    ("100 (i.e., all values)", "100"),
+    # text and formulas apart
+    ("$12$ cm", "12"),
+    (r"$2\sqrt{3}$ square units", r"\sqrt{12}"),
+    ("$5$ million", r"5\text{ million}"),
+    # times of day
+    ("10:45 a.m.", r"10:45 \text{ a.m.}"),
+    (r"4:30\text{ p.m.}", "4:30 PM"),
+    # without braces
+    (r"\frac{\pi}{2}", r"\frac\pi2"),
+    (r"\frac{1}{\pi}", r"\frac1\pi"),
 ]
 
 WRONG = [
@@ -489,6 +511,22 @@ WRONG = [
     (r"\sin 30^\circ", r"\sin 30"),
     (r"\tan 15^\circ", r"2+\sqrt{3}"),
     (r"\frac12", r"\cos 30^\circ"),
+    # several solutions
+    ("16", "x=16 and x=81"),
+    ("81", "x=16 and x=81"),
+    ("x=0, y=2 and x=9, y=11", "x=9, y=2 and x=0, y=11"),
+    ("x=0, y=2 and x=9, y=11", "x=0, y=2"),
+    ("x=0, y=2 and x=9, y=11", "(0,9),(2,11)"),
+    ("5", "5 (i.e., 6)"),
+    ("0 (i.e., no such values)", "1"),
+    # text and formulas apart
+    ("$12$ cm", "13"),
+    ("$5$ million", "5"),
+    ("$x=1$ and $x=2$", "1"),
+    # times of day
+    ("10:45 a.m.", "10:45 p.m."),
+    ("10:45 a.m.", r"10:54\text{ a.m.}"),
+    (r"\frac{\pi}{2}", r"\frac2\pi"),
 ]
 
 KNOWN_LIMITS = [
