@@ -37,6 +37,7 @@ _SIGNS = str.maketrans(
         "\N{FRACTION SLASH}": "/",
         "\N{ELEMENT OF}": r"\in ",
         "\N{ALMOST EQUAL TO}": r"\approx ",
+        "\N{PLUS-MINUS SIGN}": r"\pm ",
         "\N{EURO SIGN}": r"\$",
         "\N{POUND SIGN}": r"\$",
         # that nobody sees
@@ -59,9 +60,13 @@ GAP = r"(?:\s|~|\\[,;: ])"
 GAPS = rf"(?:{GAP}|\\!)*"
 _ONE_BRACED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})"  # a sign, or a group
 _BRACED = rf"{_ONE_BRACED}*"
-_FRACTION_BRACES = (  # what LaTeX lets one leave out: \frac12, \frac1{72}, \frac{\pi}2
+_BRACES = (  # what LaTeX lets one leave out, \frac12, \frac1{72}, \frac{\pi}2, \sqrt[3]2
     (re.compile(r"\\[dtc]?frac\s*(\d|\\pi)\s*(?=[\d{]|\\pi)"), r"\\frac{\1}"),
     (re.compile(r"\\[dtc]?frac\s*(\{[^{}]*\})\s*(\d|\\pi)"), r"\\frac\1{\2}"),
+    (re.compile(r"\\sqrt\s*(\[\d+\])\s*(\w)"), r"\\sqrt\1{\2}"),
+)
+_TWO_POINTS = re.compile(  # `(\pm 1, 0)`
+    r"(?<![A-Za-z)])(?:\\left\s*)?\(([^()]*)\\pm(?![A-Za-z])([^()]*?)(?:\\right\s*)?\)"
 )
 _MIXED_FRACTION = re.compile(r"(?<![\w.}^])(\d+)\s*\\[dtc]?frac\{(\d+)\}\{(\d+)\}")
 _TWO_IN_FRACTION = re.compile(  # `\frac{1 \pm \sqrt{5}}{2}`, alone or in a list
@@ -112,7 +117,7 @@ _DEGREES = re.compile(  # of an angle, where math-verify leaves the sign out as 
     r"(\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\d|\{\d\})\s*)?(?:(?:\\left\s*)?\(\s*)?)"
     r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})"
 )
-_UNIT_WORDS = _OPENS_TEXT + r"[^{}\d]*\}(?:\^\{?-?\d\}?)?"
+_UNIT_WORDS = _OPENS_TEXT + r"(?!\s*(?:or|and)\b)[^{}\d]*\}(?:\^\{?-?\d\}?)?"
 # `\text{ cm}`, `\text{m}/\text{s}^2` behind a value. math-verify's own rule takes for a unit all from the first
 # `\text{` to the last brace, and variables such as `t` and `c`.
 _UNIT_IN_TEXT = (
@@ -124,6 +129,7 @@ _DECORATED = re.compile(rf"(?:\\(?:boldsymbol|mathbf|bm|underline)\s*)?\{{({_BRA
 _NUMBER_IN_TEXT = re.compile(
     _OPENS_TEXT + r"\s*([-+]?(?:\d[\d.,/:]*|\.\d+))(\s(?!\s*[xyzn]\s*\})[^{}\d]*)?\}(\^\{?\d\}?)?"
 )
+_LIST_IN_TEXT = re.compile(_OPENS_TEXT + r"([-+\d.,/\s]*\d,?\s+(?:and|or)\s+[-+\d./]+)\s*\}")
 _CONSTANT = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{\s*([ei]|pi)\s*\}")
 _NAME = r"\\?[A-Za-z]\w*(?:_\{\w+\})?"
 _NEXT_EQUATION = re.compile(  # what may stand between two: `x=5 \quad x=7`
@@ -157,10 +163,13 @@ def clean(text: str) -> str:
     if text.endswith(".") and not text.endswith((r"\.", r"\right.")):
         text = text[:-1].rstrip()
     text = _ENDS.sub("", _BARE_HALF_OF_DAY.sub(r"\\text{ \1}", text))
+    text = re.sub(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", text)
     if whole := _DECORATED.fullmatch(text):
         text = whole[1].strip()
     if whole := _NUMBER_IN_TEXT.fullmatch(text):  # `\text{5 cm}`
         text = whole[1] + (rf"\text{{{whole[2]}}}{whole[3] or ''}" if (whole[2] or "").strip() else "")
+    elif whole := _LIST_IN_TEXT.fullmatch(text):
+        text = whole[1].strip()
     text = re.sub(r"\\(?:varnothing|empty|O)(?![A-Za-z])", r"\\emptyset", text)
     text = re.sub(r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty ", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", text).strip()
@@ -171,11 +180,12 @@ def clean(text: str) -> str:
             text = _solutions(_NEXT_EQUATION.sub(", ", text))
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
-    for pattern, braced in _FRACTION_BRACES:
+    for pattern, braced in _BRACES:
         text = pattern.sub(braced, text)
     text = _MIXED_FRACTION.sub(improper_fraction, text)
     text = _MIXED.sub(improper_fraction, text)
     text = _TWO_IN_FRACTION.sub(_two_fractions, text)
+    text = _TWO_POINTS.sub(_both_points, text)
     text = re.sub(r"\A\((\d\w*)\)(?=_)", r"\1", text)  # a number and its base: `(101)_2`
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = _UNIT.sub("", text)
@@ -245,6 +255,13 @@ def _two_fractions(match: re.Match[str]) -> str:
     r"""`\frac{1}{2} \pm \frac{\sqrt{5}}{2}`: inside of a fraction math-verify does not read the sign."""
     start, above, changing, below = match.groups()
     return start + (rf"\frac{{{above}}}{below}" if above.strip() else "") + rf"\pm\frac{{{changing}}}{below}"
+
+
+def _both_points(match: re.Match[str]) -> str:
+    before, after = match.groups()
+    if "," not in before + after or r"\pm" in before + after:
+        return match[0]
+    return f"({before}+{after}),({before}-{after})"
 
 
 def canonical(text: str) -> str:

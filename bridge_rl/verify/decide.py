@@ -7,7 +7,18 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from bridge_rl.verify.common_form import CHANGES, GAP, INTRODUCTION, TEXT, Answer, changes, plain_text
+from bridge_rl.verify.common_form import (
+    CHANGES,
+    GAP,
+    GAPS,
+    INTRODUCTION,
+    TEXT,
+    Answer,
+    canonical,
+    changes,
+    clean,
+    plain_text,
+)
 
 DECIMALS = 6  # to which decimals are compared, as in math-verify
 RELATIVE = Fraction(1, 10_000)  # and what they may differ by beside that, so that 1e-8 is not 2e-8
@@ -23,6 +34,11 @@ _NOT_THE_VALUE = re.compile(  # in front of it
 )
 _PERCENTAGE = re.compile(rf"(.+?){GAP}*\\?%")
 _GOES_ON = re.compile(r",\s*(?:\\[lc]?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS})")  # of a list or set
+_CHOICE = re.compile(  # `\textbf{(C) }12`, but not `\text{(A)}\text{ or (B)}`
+    rf"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{{\s*\(([A-E])\)\s*\}}{GAPS}(?!.*\([A-E]\))"
+    r"((?:-|\d|\\\$|\\[dtc]?frac|\\sqrt|\\pi|\\text\s*\{(?!\s*(?:or|and)\b)).*)"
+)
+_LETTER = re.compile(r"\(?([A-E])\)?")
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-])*")
 _MIN_WORD, _SHORT_WORDS = 4, ("yes", "no")  # letters: `xyz` and `p - q` are no words, `none` is one
 
@@ -60,6 +76,24 @@ def _says_another(sentence: str, gold: str) -> bool:
     denied = _NOT_THE_VALUE.search(plain[: first.start()]) and number(gold) is not None
     found = [tuple(group or "" for group in change.groups())] if change else []
     return bool(denied) or found != [words for words in changes(gold) if len(words) > 1][:1]
+
+
+def in_one_form(prediction: Answer, gold: Answer) -> tuple[Answer, Answer]:
+    r"""Of a choice and its value (`\textbf{(C) }12`) what the other has: the letter if it has one, else the value."""
+    pair = prediction, gold
+    choices = [_CHOICE.fullmatch(answer.text) for answer in pair]
+    if not any(choices):
+        return pair
+    letters = [match or _LETTER.fullmatch(canonical(answer.text)) for match, answer in zip(choices, pair, strict=True)]
+    if letters[0] and letters[1]:
+        return Answer(letters[0][1]), Answer(letters[1][1])
+    return value_of(prediction), value_of(gold)
+
+
+def value_of(answer: Answer) -> Answer:
+    """Without the letter of a choice."""
+    choice = _CHOICE.fullmatch(answer.text)
+    return Answer(clean(choice[2])) if choice else answer
 
 
 def readable(gold: Answer) -> bool:

@@ -23,7 +23,7 @@ from typing import Literal, cast, get_args
 from bridge_rl.errors import UserError
 from bridge_rl.verify.answer import find_answer, gold_answer
 from bridge_rl.verify.common_form import canonical, without_unit
-from bridge_rl.verify.decide import decide, readable, word
+from bridge_rl.verify.decide import decide, in_one_form, readable, value_of, word
 
 Status = Literal["ok", "unparsed", "timeout", "error"]
 Reply = Literal["ok", "unparsed", "error", "failed", "timeout", "vanished"]  # the last two are the parent's words
@@ -97,13 +97,10 @@ class VerifierPool:
     def gold_parses(self, gold: Sequence[str], timeout_s: float = 5.0) -> list[bool]:
         """Whether each reference answer can be compared with; one that parses too slowly can not."""
         answers = {text: gold_answer(text) for text in gold}
-        jobs = {
-            text: MathJob(without_unit(answer), None)
-            for text, answer in answers.items()
-            if answer is not None and not readable(answer)
-        }
+        values = {text: value_of(answer) for text, answer in answers.items() if answer is not None}
+        jobs = {text: MathJob(without_unit(value), None) for text, value in values.items() if not readable(value)}
         judged = self.judge_all(list(jobs.values()), timeout_s)
-        return [judged[jobs[text]].status == "ok" if text in jobs else answers[text] is not None for text in gold]
+        return [judged[jobs[text]].status == "ok" if text in jobs else text in values for text in gold]
 
     @property
     def worker_pids(self) -> list[int]:
@@ -175,7 +172,9 @@ def _prepare(prediction: str, gold: str) -> Verdict | Job:
         return Verdict(False, "error")
     if answer is None:
         # Without an answer there is nothing to compare, but bad gold is reported all the same.
-        return Verdict(False, "unparsed") if readable(reference) else MathJob(without_unit(reference), "")
+        value = value_of(reference)
+        return Verdict(False, "unparsed") if readable(value) else MathJob(without_unit(value), "")
+    answer, reference = in_one_form(answer, reference)
     if (correct := decide(answer, reference)) is not None:
         return Verdict(correct, "ok")
     if word(reference.text) is not None:

@@ -304,6 +304,23 @@ RIGHT = [
     # without braces
     (r"\frac{\pi}{2}", r"\frac\pi2"),
     (r"\frac{1}{\pi}", r"\frac1\pi"),
+    (r"\sqrt[3]{2}", r"\sqrt[3]2"),
+    (r"{n \choose 2}", r"\frac{n(n-1)}{2}"),
+    # two points in one
+    (r"(\pm 1, 0)", "(-1,0),(1,0)"),
+    (r"(0,\sqrt5),(0,-\sqrt5)", r"\left(0, \pm\sqrt{5}\right)"),
+    (r"(1 \pm \sqrt2, 3)", r"(1+\sqrt2,3),(1-\sqrt2,3)"),
+    (r"(\pm1,\pm2)", r"(\pm 1, \pm 2)"),
+    ("2,3", r"\text{2 and 3}"),
+    (r"\text{1, 2, and 3}", "3,2,1"),
+    # choices with their values
+    ("C", r"\textbf{(C) }12"),
+    ("12", r"\textbf{(C)}\ 12\text{ cm}"),
+    (r"\textbf{(C) }12", "C"),
+    (r"\textbf{(C) }\$12", r"\text{(C)}"),
+    (r"\textbf{(C) }\frac{3}{4}", "0.75"),
+    (r"\textbf{(C) }\frac{3}{4}", r"\mathrm{(C)}~\frac34"),
+    (r"\textbf{(E) }\text{none of these}", r"\text{none of these}"),
 ]
 
 WRONG = [
@@ -527,6 +544,25 @@ WRONG = [
     ("10:45 a.m.", "10:45 p.m."),
     ("10:45 a.m.", r"10:54\text{ a.m.}"),
     (r"\frac{\pi}{2}", r"\frac2\pi"),
+    (r"{n \choose 2}", r"\binom{2}{n}"),
+    # two points in one
+    ("(1,0)", r"(\pm 1, 0)"),
+    (r"(\pm 1, 0)", "(1,0)"),
+    (r"(\pm 1, 0)", "(0,1),(0,-1)"),
+    ("2", r"\text{2 and 3}"),
+    # choices with their values
+    ("C", r"\textbf{(B) }12"),
+    ("12", r"\textbf{(C) }13"),
+    (r"\textbf{(C) }12", "B"),
+    (r"\textbf{(C) }12", "13"),
+    (r"\textbf{(C) }12", r"\textbf{(D) }13"),
+    ("A", r"\textbf{(A) }3, \textbf{(B) }4"),
+    ("A", r"\text{(A)}, \text{(B)}"),
+    # which are no units
+    ("A", r"\text{(A)}\text{ or (B)}"),
+    ("A", r"\text{(A)}\text{ or B}"),
+    ("A", r"\text{A}\text{ and B}"),
+    ("x", r"x\text{ or y}"),
 ]
 
 KNOWN_LIMITS = [
