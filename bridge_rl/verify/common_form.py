@@ -144,6 +144,8 @@ def clean(text: str) -> str:
     text = text.strip().translate(_SIGNS).strip("*").strip()
     while (whole := DELIMITED.fullmatch(text)) is not None:
         text = inside(whole)
+    if text.isdecimal() and text.isascii():  # as most answers are, and nothing below changes one
+        return text
     if apart := _FORMULA_AND_UNIT.fullmatch(text):
         text = rf"{apart[1]}\text{{ {apart[2]}}}"
     text = _EXPLAINED.sub("", _COLOUR.sub("", text))
