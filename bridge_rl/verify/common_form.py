@@ -124,6 +124,9 @@ _UNIT_IN_TEXT = (
     rf"(?<=[^\W_]|[)\]}}!.%|]){GAPS}{_UNIT_WORDS}(?:{GAPS}(?:(?:/|\\cdot|\\times){GAPS})?{_UNIT_WORDS})*{GAPS}"
 )
 _LAST_UNIT, _UNIT_OF_FORMULA = re.compile(rf"{_UNIT_IN_TEXT}\Z"), re.compile(rf"{_UNIT_IN_TEXT}(?=\$|\\[\])])")
+_PRIMED = re.compile(  # `f'`, which math-verify reads as `f`; a command takes no stroke
+    r"\\[A-Za-z]+|([A-Za-z])((?:'|\^\s*\\prime(?![A-Za-z])|\^\s*\{\s*(?:\\prime\s*)+\})+)"
+)
 _SPACE = re.compile(r"\\[,;:! ]|~")
 _DECORATED = re.compile(rf"(?:\\(?:boldsymbol|mathbf|bm|underline)\s*)?\{{({_BRACED})\}}")
 _NUMBER_IN_TEXT = re.compile(
@@ -198,9 +201,21 @@ def clean(text: str) -> str:
     return text.replace(",", "") if _THOUSANDS_COMMA.fullmatch(text) else text
 
 
-def without_unit(answer: Answer) -> str:
-    """The text as a worker reads it. `decide` has to see the units before, which may change a number: `5 million`."""
-    return (_UNIT_OF_FORMULA if answer.prose else _LAST_UNIT).sub("", answer.text)
+def for_worker(answer: Answer) -> str:
+    """The text without its unit, which `decide` has to see before (`5 million`), and with the strokes of `f'` as an
+    index; in prose those of formulas.
+    """
+    if answer.prose:
+        return DELIMITED.sub(lambda formula: _strokes_as_index(formula[0]), _UNIT_OF_FORMULA.sub("", answer.text))
+    return _strokes_as_index(_LAST_UNIT.sub("", answer.text))
+
+
+def _strokes_as_index(latex: str) -> str:
+    def with_index(match: re.Match[str]) -> str:
+        strokes = match[2].count("'") + match[2].count("prime") if match[1] else 0
+        return f"{match[1]}_{{{'p' * strokes}}}" if strokes else match[0]
+
+    return _PRIMED.sub(with_index, latex)
 
 
 def inside(formula: re.Match[str]) -> str:

@@ -29,16 +29,18 @@ _IN_BASE = re.compile(r"(\d[0-9A-Za-z]*)_(?:\{([1-9]\d?)\}|([1-9]\d?))")
 _HALF_OF_DAY = re.compile(r"\b([ap])\.?\s?m\b")
 _FIRST_NUMBER = re.compile(r"\d(?:[\d.,/]*\d)?")
 _NOT_THE_VALUE = re.compile(  # in front of it
-    r"(?:\b(?:not|never)|n't|\b(?:less|more|greater|fewer|larger|smaller|other) than|\bat (?:least|most))"
+    r"(?:\b(?:not|never|either|between)|n't|\bat (?:least|most)"
+    r"|\b(?:less|more|greater|fewer|larger|smaller|other) than)"
     r"(?:\s+(?:be|or|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
 )
 _PERCENTAGE = re.compile(rf"(.+?){GAP}*\\?%")
 _GOES_ON = re.compile(r",\s*(?:\\[lc]?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS})")  # of a list or set
-_CHOICE = re.compile(  # `\textbf{(C) }12`, but not `\text{(A)}\text{ or (B)}`
-    rf"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{{\s*\(([A-E])\)\s*\}}{GAPS}(?!.*\([A-E]\))"
-    r"((?:-|\d|\\\$|\\[dtc]?frac|\\sqrt|\\pi|\\text\s*\{(?!\s*(?:or|and)\b)).*)"
+_CHOICE = re.compile(  # `\textbf{(C) }12` or `(C) 12`, but not `\text{(A)}\text{ or (B)}`
+    r"(?P<opens>\\(?:text\w*|mbox|mathrm|mathbf)\s*\{\s*)?\((?P<letter>[A-E])\)"
+    rf"(?(opens)\s*\}}{GAPS}|{GAP}+)(?!.*\([A-E]\))"
+    r"(?P<value>(?:-|\d|\\\$|\\[dtc]?frac|\\sqrt|\\pi|\\text\s*\{(?!\s*(?:or|and)\b)).*)"
 )
-_LETTER = re.compile(r"\(?([A-E])\)?")
+_LETTER = re.compile(r"\(?(?P<letter>[A-E])\)?")
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '-])*")
 _MIN_WORD, _SHORT_WORDS = 4, ("yes", "no")  # letters: `xyz` and `p - q` are no words, `none` is one
 
@@ -86,14 +88,14 @@ def in_one_form(prediction: Answer, gold: Answer) -> tuple[Answer, Answer]:
         return pair
     letters = [match or _LETTER.fullmatch(canonical(answer.text)) for match, answer in zip(choices, pair, strict=True)]
     if letters[0] and letters[1]:
-        return Answer(letters[0][1]), Answer(letters[1][1])
+        return Answer(letters[0]["letter"]), Answer(letters[1]["letter"])
     return value_of(prediction), value_of(gold)
 
 
 def value_of(answer: Answer) -> Answer:
     """Without the letter of a choice."""
     choice = _CHOICE.fullmatch(answer.text)
-    return Answer(clean(choice[2])) if choice else answer
+    return Answer(clean(choice["value"])) if choice else answer
 
 
 def readable(gold: Answer) -> bool:

@@ -22,7 +22,7 @@ from typing import Literal, cast, get_args
 
 from bridge_rl.errors import UserError
 from bridge_rl.verify.answer import find_answer, gold_answer
-from bridge_rl.verify.common_form import canonical, without_unit
+from bridge_rl.verify.common_form import canonical, for_worker
 from bridge_rl.verify.decide import decide, in_one_form, readable, value_of, word
 
 Status = Literal["ok", "unparsed", "timeout", "error"]
@@ -98,7 +98,7 @@ class VerifierPool:
         """Whether each reference answer can be compared with; one that parses too slowly can not."""
         answers = {text: gold_answer(text) for text in gold}
         values = {text: value_of(answer) for text, answer in answers.items() if answer is not None}
-        jobs = {text: MathJob(without_unit(value), None) for text, value in values.items() if not readable(value)}
+        jobs = {text: MathJob(for_worker(value), None) for text, value in values.items() if not readable(value)}
         judged = self.judge_all(list(jobs.values()), timeout_s)
         return [judged[jobs[text]].status == "ok" if text in jobs else text in values for text in gold]
 
@@ -173,14 +173,14 @@ def _prepare(prediction: str, gold: str) -> Verdict | Job:
     if answer is None:
         # Without an answer there is nothing to compare, but bad gold is reported all the same.
         value = value_of(reference)
-        return Verdict(False, "unparsed") if readable(value) else MathJob(without_unit(value), "")
+        return Verdict(False, "unparsed") if readable(value) else MathJob(for_worker(value), "")
     answer, reference = in_one_form(answer, reference)
     if (correct := decide(answer, reference)) is not None:
         return Verdict(correct, "ok")
     if word(reference.text) is not None:
         return Verdict(False, "unparsed" if answer.prose else "ok")
     same = canonical(answer.text) == canonical(reference.text)
-    return MathJob(without_unit(reference), without_unit(answer), answer.prose, same)
+    return MathJob(for_worker(reference), for_worker(answer), answer.prose, same)
 
 
 class _Worker:

@@ -1,6 +1,6 @@
 r"""One verifier process: reads a pair a line, answers with its status and verdict. Run by file path, imports no torch.
 
-A line in is JSON, the keyword arguments of `judge`, with answers as `common_form.without_unit` leaves them. A line out
+A line in is JSON, the keyword arguments of `judge`, with answers as `common_form.for_worker` leaves them. A line out
 is `status 0|1`, or `failed 0` before it leaves; the first line is `ready`. Nothing of sympy's leaves the process: not
 even `str` of an expression, which may take forever. The deadline is the parent's, by SIGKILL.
 
@@ -12,7 +12,8 @@ Known limits, each with a test of what happens today:
 - wrong and accepted: `x+1=2` against 2 (math-verify keeps an equation's right side); `1,2` or `{1,2}` against `(1,2)`,
   which is an interval and a pair at once; `no` against `on` (short words are products of symbols); exact numbers
   that differ only after 40 digits; `5km` against 5, where k and m are variables;
-- by convention accepted: `50\%` against both 50 and 0.5; `101_2` against `101`, when only one side names its base.
+- by convention accepted: `50\%` against both 50 and 0.5; `101_2` against `101`, when only one side names its base;
+  `5\text{ K}` against 5, as kelvin is a unit.
 """
 
 import ctypes
@@ -33,9 +34,6 @@ EXACT_GAP = 1e-40  # pi is not pi + 1e-20; math-verify compares 15 digits
 FLOAT_GAP = 1e-4  # beside math-verify's 6 decimals, so that 1e-8 is not 2e-8
 # `1:2:3`, behind its name or not, which math-verify reads as 1/2/3; of two parts a quotient is as good.
 _RATIO = re.compile(r"(?:[^=\d]+=)?([^:,=]+(?::[^:,=]+){2,})")
-_PRIMED = re.compile(  # `f'`, which math-verify reads as `f`; a command takes no stroke
-    r"\\[A-Za-z]+|([A-Za-z])((?:'|\^\s*\\prime(?![A-Za-z])|\^\s*\{\s*(?:\\prime\s*)+\})+)"
-)
 RECYCLE_SHARE = 0.5  # of the memory limit: leave at that size, so that no later pair meets a full process
 
 
@@ -106,7 +104,6 @@ def _parse(latex: str) -> Any | None:
         return None
     if ratio := _RATIO.fullmatch(latex):
         return _shares(ratio[1].split(":"))
-    latex = _PRIMED.sub(_with_strokes_as_index, latex)
     config = replace(LatexExtractionConfig().normalization_config, boxed="none", units=False)
     try:
         return parse_latex_cached(normalize_latex(latex, config=config))
@@ -117,11 +114,6 @@ def _parse(latex: str) -> Any | None:
 
 
 _parse_gold = lru_cache(maxsize=4096)(_parse)
-
-
-def _with_strokes_as_index(match: re.Match[str]) -> str:
-    strokes = match[2].count("'") + match[2].count("prime") if match[1] else 0
-    return f"{match[1]}_{{p{strokes}}}" if strokes else match[0]
 
 
 def _shares(parts: list[str]) -> Any | None:

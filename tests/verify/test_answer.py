@@ -12,7 +12,7 @@ from bridge_rl.verify.answer import (
     gold_answer,
     last_box,
 )
-from bridge_rl.verify.common_form import Answer, canonical, clean, without_unit
+from bridge_rl.verify.common_form import Answer, canonical, clean, for_worker
 from bridge_rl.verify.decide import decide
 
 
@@ -220,7 +220,7 @@ def test_extraction_and_the_fast_path_take_no_time_on_any_text(text):
     answer = find_answer(text)
     if answer is not None:
         canonical(answer.text)
-        without_unit(answer)
+        for_worker(answer)
         decide(answer, Answer("42"))
     assert time.perf_counter() - start < 1.0
 
@@ -229,5 +229,5 @@ def test_units_in_a_row_take_no_time():
     """Two gaps side by side would be parted in as many ways as there are blanks, for each of the units."""
     started = time.perf_counter()
     for prose in (False, True):
-        without_unit(Answer("5" + r"\text{a}  " * 100 + "x", prose))
+        for_worker(Answer("5" + r"\text{a}  " * 100 + "x", prose))
     assert time.perf_counter() - started < 1
