@@ -4,13 +4,14 @@ Shapes: G groups, N width, B = G*N rows, T tokens, D model, H heads, K head size
 """
 
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, check_kind
 from bridge_rl.group import merge_rows, split_rows
 from bridge_rl.packed import PackedGroups
 
@@ -37,13 +38,17 @@ class BridgeConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("bridge", "pmatch"):
             raise UserError(f"bridge.kind is {self.kind!r}: use 'bridge' or 'pmatch'.")
+        for name in ("num_heads", "head_dim"):
+            check_kind(f"bridge.{name}", getattr(self, name), Integral)
+            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's go into no JSON
+        check_kind("bridge.relative", self.relative, bool)
         if self.num_heads < 1 or self.head_dim < 1:
             raise UserError(
                 f"bridge.num_heads is {self.num_heads} and bridge.head_dim is {self.head_dim}: both must be at least 1."
             )
         if self.relative and self.kind == "pmatch":
             raise UserError("bridge.relative is true, but P-Match's rows have no siblings: leave it out.")
-        if self.layers == "all":
+        if isinstance(self.layers, str) and self.layers == "all":  # an array would compare each of its numbers
             return
         if not isinstance(self.layers, list | tuple) or not all(type(index) is int for index in self.layers):
             raise UserError(f"bridge.layers is {self.layers!r}: use 'all' or a list of indices, such as [0, 5].")

@@ -1,6 +1,7 @@
 """How a command ends otherwise than well: a user's mistake, the machine's, or an end before its time, all saved."""
 
 import errno
+from collections.abc import Mapping, Set, Sized
 from numbers import Integral
 
 STOPPED_CODE = 85  # Linux's ERESTART: nothing failed, start the same command again
@@ -45,6 +46,16 @@ def fault_of_disk(error: Exception) -> str | None:
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Raise UserError for what is no number of `kind`, such as a text or None."""
-    if not isinstance(value, kind):
-        raise UserError(f"{name} is {value!r}: it must be a {'whole ' if issubclass(kind, Integral) else ''}number.")
+    """Raise UserError for what is not of `kind`: bool, Sized for a list, or else a number, which a bool is not."""
+    right = is_list(value) if kind is Sized else isinstance(value, kind)
+    if right and isinstance(value, bool) == (kind is bool):
+        return
+    wanted = {bool: "true or false", Sized: "a list"}.get(kind)
+    wanted = wanted or ("a whole number" if issubclass(kind, Integral) else "a number")
+    raise UserError(f"{name} is {value!r:.60}: it must be {wanted}.")
+
+
+def is_list(value: object) -> bool:
+    """Whether it is a list of Python's, numpy's or torch's: in order, no text, and no number in an array's clothes."""
+    others = str | bytes | Set | Mapping
+    return isinstance(value, Sized) and not isinstance(value, others) and getattr(value, "shape", None) != ()

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,7 +144,21 @@ def test_a_float32_block_on_a_bfloat16_stream_keeps_the_stream_dtype():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("kind", "mlp"), ("num_heads", 0), ("layers", []), ("layers", "last"), ("layers", 1), ("layers", [0.5])],
+    [
+        ("kind", "mlp"),
+        ("num_heads", 0),
+        ("num_heads", 2.5),
+        ("num_heads", True),
+        ("head_dim", "64"),
+        ("head_dim", None),
+        ("relative", "yes"),
+        ("relative", 1),
+        ("layers", []),
+        ("layers", "last"),
+        ("layers", 1),
+        ("layers", [0.5]),
+        ("layers", np.array([0, 1])),
+    ],
 )
 def test_a_config_that_means_nothing_is_refused(key, value):
     with pytest.raises(ValueError, match=f"bridge.{key}"):
@@ -156,5 +171,5 @@ def test_a_control_without_siblings_has_no_values_relative_to_theirs():
 
 
 def test_a_config_equals_the_one_that_comes_back_from_a_file():
-    config = BridgeConfig(layers=(0, 2))
+    config = BridgeConfig(num_heads=np.int64(2), head_dim=np.int32(8), layers=(0, 2))
     assert BridgeConfig(**json.loads(json.dumps(config.to_dict()))) == config
