@@ -95,6 +95,8 @@ def attach_bridge(
     adapter or is spread over devices, and one whose blocks were dropped when it was loaded.
     """
     check_takes_bridge(model)
+    if not isinstance(config, BridgeConfig):
+        raise UserError(f"config is {config!r:.60}: give bridge_rl.BridgeConfig(...).")
     if getattr(model.config, "bridge", None):
         raise UserError("This model was saved with a Bridge, which a plain load has dropped: load it with load_bridge.")
     backbone = model.base_model
@@ -114,16 +116,28 @@ def attach_bridge(
     return model
 
 
+def check_model(model: object) -> None:
+    """Raise UserError for what is no model, such as the path of one."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"The model is {model!r:.60}: load it first, by load_bridge or transformers' from_pretrained.")
+
+
+def check_family(model: PreTrainedModel, what: str) -> None:
+    """Raise UserError for a model of a family that `what` does not serve."""
+    check_model(model)
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in SERVED_FAMILIES:
+        raise UserError(
+            f"{what} does not serve the model family '{family}' ({type(model).__name__}): use one of "
+            f"{', '.join(SERVED_FAMILIES)}."
+        )
+
+
 def check_takes_bridge(model: PreTrainedModel) -> None:
     """Raise UserError for a model that no blocks can be put into, by what it is and not by where it comes from."""
     if hasattr(model, "peft_config"):
         raise UserError("The model is wrapped by PEFT: attach the Bridge to the base before the adapter.")
-    family = model.config.model_type
-    if family not in SERVED_FAMILIES:
-        raise UserError(
-            f"Bridge does not serve the model family '{family}' ({type(model).__name__}): "
-            f"use one of {', '.join(SERVED_FAMILIES)}."
-        )
+    check_family(model, "Bridge")
     if has_bridge(model):
         raise UserError("This model has a Bridge already: load the base again to attach another.")
     if any("forward" in vars(layer) for layer in model.base_model.layers):  # which goes before that of a class
@@ -167,6 +181,7 @@ def _give_alive(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 def find_state(model: nn.Module) -> BridgeState:
     """The shared state of a model with a Bridge, also inside PEFT, DDP and DeepSpeed wrappers."""
+    check_model(model)
     for module in model.modules():
         if "bridge_state" in module.__dict__:
             return module.__dict__["bridge_state"]
@@ -180,6 +195,7 @@ def has_bridge(model: nn.Module) -> bool:
 
 def bridge_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of every block. Under PEFT, of the copies that are trained."""
+    check_model(model)
     for name, parameter in model.named_parameters():
         if ".bridge." in name and ".original_module." not in name:
             yield name, parameter

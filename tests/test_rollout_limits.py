@@ -203,6 +203,27 @@ def test_options_that_mean_nothing_are_refused(key):
         br.RolloutOptions(**{key: 0})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("max_rows", 2.5, "a whole number"),
+        ("max_cache_tokens", "many", "a whole number"),
+        ("prefill_tokens", None, "a whole number"),
+        ("steps_per_visit", True, "a whole number"),
+        ("deadline_s", "5", "a number"),
+        ("cuda_graphs", "off", "true or false"),
+    ],
+)
+def test_options_of_another_kind_are_refused(key, value, wanted):
+    with pytest.raises(UserError, match=f"{key} is {value!r}: it must be {wanted}"):
+        br.RolloutOptions(**{key: value})
+
+
+def test_what_asks_whether_to_stop_is_a_function():
+    with pytest.raises(UserError, match="cancelled is True: give a function"):
+        br.RolloutOptions(cancelled=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without one")
 def test_graphs_without_a_cuda_device_are_refused(model):
     with pytest.raises(ValueError, match="cuda_graphs needs a whole model on a CUDA device"):
@@ -219,11 +240,25 @@ def test_graphs_without_a_cuda_device_are_refused(model):
         ({"width": 2, "limits": [[41, 1]] * 4}, "limits must give each row"),
         ({"width": 2, "indices": [1]}, "indices has 1 entries for 4 prompts"),
         ({"width": 2, "expected_lengths": [1.0]}, "expected_lengths has 1 entries for 4 prompts"),
+        ({"width": "4"}, "width is '4': it must be a whole number"),
+        ({"width": 2.5}, "width is 2.5: it must be a whole number"),
+        ({"width": [4, 2.5, 4, 4]}, "width of prompt 1 is 2.5: it must be a whole number"),
+        ({"width": 1, "limits": [[1.5]] * 4}, "limits must give each row"),
+        ({"width": 1, "limits": [1] * 4}, "limits must give each row"),
+        ({"width": 1, "limits": 4}, "limits must give each row"),
+        ({"width": 1, "indices": [0, 1, 2, -1]}, "indices of prompt 3 is -1: it must not be negative"),
+        ({"width": 1, "indices": [0, 1, 2.0, 3]}, "indices of prompt 2 is 2.0: it must be a whole number"),
+        ({"width": 1, "indices": "0123"}, "indices is '0123': it must be a list"),
+        ({"width": 1, "expected_lengths": ["long"] * 4}, "expected_lengths of prompt 0 is 'long': it must be a number"),
+        ({"width": 1, "exchange": [0, 1, 2, 3]}, "exchange must name each of the 4 prompts once"),
+        ({"width": 1, "exchange": [[0.0], [1], [2], [3]]}, "exchange must name each of the 4 prompts once"),
+        ({"width": 1, "params": 32}, "params is 32: give bridge_rl.SamplingParams"),
+        ({"width": 1, "options": {"max_rows": 4}}, "options is {'max_rows': 4}: give bridge_rl.RolloutOptions"),
     ],
 )
 def test_a_request_that_does_not_fit_its_prompts_is_refused(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        br.generate_groups(model, PROMPTS, params=PARAMS, **arguments)
+    with pytest.raises(UserError, match=message):
+        br.generate_groups(model, PROMPTS, **{"params": PARAMS, **arguments})
 
 
 class TestStopStrings:
@@ -268,8 +303,10 @@ class TestStopStrings:
     def test_they_need_a_tokenizer(self, tiny):
         with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
             br.generate_groups(tiny[0], [[5]], 2, br.SamplingParams(4, stop_strings=["a"]))
+        with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+            br.generate_groups(tiny[0], [[5]], 2, br.SamplingParams(4, stop_strings=["a"]), tokenizer="gpt2")
 
-    @pytest.mark.parametrize("stop_strings", ["a", [""]])
+    @pytest.mark.parametrize("stop_strings", ["a", [""], [5], None])
     def test_they_are_a_list_of_strings(self, stop_strings):
         with pytest.raises(ValueError, match="stop_strings is"):
             br.SamplingParams(4, stop_strings=stop_strings)

@@ -26,7 +26,7 @@ from bridge_rl.evaluation.samples import GroupKey, SampledGroup, SampleStore
 from bridge_rl.ranks import together
 from bridge_rl.rollout import Group, Rollout, RolloutOptions, SamplingParams
 from bridge_rl.rollout.ranks import is_sharded
-from bridge_rl.rollout.sampling import stream_seed
+from bridge_rl.rollout.sampling import ids_of, stream_seed
 from bridge_rl.surgery import disable_bridge, find_state, has_bridge
 
 MOST_GROUPS = 2**20  # of a problem
@@ -326,5 +326,4 @@ def listens(model: PreTrainedModel) -> bool:
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's, and those the model declares (as TRL's trainer does)."""
     declared = model.generation_config.eos_token_id
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return sorted({*declared, tokenizer.eos_token_id} - {None})
+    return sorted({*([] if declared is None else ids_of(declared)), tokenizer.eos_token_id} - {None})

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bridge_rl.errors import UserError
 from bridge_rl.rollout.request import Row
-from bridge_rl.rollout.sampling import SamplingParams
+from bridge_rl.rollout.sampling import SamplingParams, ids_of
 
 
 class Ending:
@@ -17,7 +17,7 @@ class Ending:
     def __init__(
         self, model: PreTrainedModel, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        if params.stop_strings and tokenizer is None:
+        if params.stop_strings and not hasattr(tokenizer, "batch_decode"):
             raise UserError("stop_strings need a tokenizer: pass tokenizer=.")
         self.eos = torch.tensor(eos_token_ids(model, params), dtype=torch.long, device=model.device)
         self.stop_strings, self.tokenizer = tuple(params.stop_strings), tokenizer
@@ -47,6 +47,4 @@ def eos_token_ids(model: PreTrainedModel, params: SamplingParams) -> list[int]:
     eos = params.eos_token_id
     if eos is None:
         eos = model.generation_config.eos_token_id
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else list(eos)
+    return [] if eos is None else list(map(int, ids_of(eos)))

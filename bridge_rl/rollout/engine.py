@@ -95,6 +95,8 @@ class Rollout:
     ) -> None:
         self.model, self.prompt_ids, self.params = model, prompt_ids, params
         self.options = options or RolloutOptions()
+        if not isinstance(self.options, RolloutOptions):
+            raise UserError(f"options is {options!r:.60}: give bridge_rl.RolloutOptions(...).")
         self.groups = make_rows(model, prompt_ids, width, params, indices, limits, expected_lengths)
         self.blocks = make_blocks(self.groups, exchange)
         self.block_of = {place: block for block in self.blocks for place in block}

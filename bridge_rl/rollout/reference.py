@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bridge_rl.errors import UserError
 from bridge_rl.group import groups_of, pad_left, pad_right, repeat_for_rows, split_rows
 from bridge_rl.rollout.decode import sampling_mode, siblings
 from bridge_rl.rollout.ending import eos_token_ids
-from bridge_rl.rollout.request import Group
-from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, group_uniforms, scaled_logprobs
-from bridge_rl.surgery import group_width, has_bridge
+from bridge_rl.rollout.request import Group, check_logprob, check_prompts, check_tokens, lengths_of
+from bridge_rl.rollout.sampling import SamplingParams, check_temperature, draw_tokens, group_uniforms, scaled_logprobs
+from bridge_rl.surgery import check_model, group_width, has_bridge
 
 
 @torch.no_grad()
@@ -24,19 +25,27 @@ def group_logprobs(
 ) -> list[list[list[float]]]:
     """Log-prob of every completion token, given the prompt and the siblings: a list over groups, rows, tokens.
 
-    `completions[g]` are the N rows of prompt g, EOS included; all groups have the same width. Raises ValueError if not,
-    and for a prompt without tokens. The model is in eval mode meanwhile, as it is while it samples.
+    `completions[g]` are the N rows of prompt g, EOS included; all groups have the same width. `temperature`: as in
+    SamplingParams. Raises ValueError for other widths, a prompt without tokens, tokens that the model does not have,
+    and logits that are not finite. The model is in eval mode meanwhile, as it is while it samples.
     """
-    if not len(prompt_ids) and not len(completions):  # arrays and tensors have no truth value
-        return []
-    widths = {len(group) for group in completions}
-    if len(prompt_ids) != len(completions) or len(widths) != 1:
-        raise ValueError(
-            f"{len(prompt_ids)} prompts and groups of widths {sorted(widths)}: one group a prompt, all of one width."
+    check_model(model)
+    check_temperature(temperature)
+    check_prompts(model, prompt_ids)
+    widths = lengths_of(completions)
+    if widths is None:
+        raise UserError(f"completions is {completions!r:.60}: give a list of groups, each a list of rows of token ids.")
+    if len(prompt_ids) != len(widths) or len(set(widths)) > 1 or 0 in widths:
+        raise UserError(
+            f"{len(prompt_ids)} prompts and groups of widths {sorted(set(widths))}: one group a prompt, all of one "
+            "width, which is at least 1."
         )
-    if not all(len(prompt) for prompt in prompt_ids):
-        raise ValueError("A prompt is empty: give each at least one token, as generate_groups does.")
-    width = widths.pop()
+    if not widths:
+        return []
+    for place, group in enumerate(completions):
+        for number, row in enumerate(group):
+            check_tokens(f"Completion {number} of prompt {place}", row, model)
+    width = widths[0]
     rows = [row for group in completions for row in group]
     prompt, prompt_mask = pad_left(repeat_for_rows(prompt_ids, width), 0, model.device)
     completion, completion_mask = pad_right(rows, 0, model.device)
@@ -48,7 +57,10 @@ def group_logprobs(
     # The logits at a column predict the token of the next one.
     logprobs = scaled_logprobs(logits[:, prompt.shape[1] - 1 : -1], temperature)
     chosen = logprobs.gather(-1, completion[:, :, None])[:, :, 0].tolist()
-    return groups_of([values[: len(row)] for values, row in zip(chosen, rows, strict=True)], width)
+    found = [values[: len(row)] for values, row in zip(chosen, rows, strict=True)]
+    for logprob in (logprob for values in found for logprob in values):
+        check_logprob(logprob)
+    return groups_of(found, width)
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
 """What is asked of a rollout, and what it gives back."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
+from operator import index
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, check_kind, is_list
 from bridge_rl.group import exchanged_circles
 from bridge_rl.rollout.sampling import SamplingParams
-from bridge_rl.surgery import SERVED_FAMILIES, has_bridge
+from bridge_rl.surgery import check_family, has_bridge
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,14 @@ class RolloutOptions:
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_cache_tokens", "deadline_s", "steps_per_visit", "prefill_tokens"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is None and name != "prefill_tokens":
+                continue
+            check_kind(name, value, Real if name == "deadline_s" else Integral)
+            if not value > 0:
                 raise UserError(f"{name} is {value}: it must be above 0.")
+        check_kind("cuda_graphs", self.cuda_graphs, bool)
+        if self.cancelled is not None and not callable(self.cancelled):
+            raise UserError(f"cancelled is {self.cancelled!r}: give a function that says whether to stop.")
 
 
 @dataclass
@@ -95,11 +102,7 @@ class Row:
     uniforms: Any = None  # its draws, one a step
 
     def append(self, token: int, logprob: float, stopped: bool) -> None:
-        if math.isnan(logprob):
-            raise UserError(
-                "The model's logits are not finite: its weights hold NaN or infinities, or overflow in its dtype. "
-                "Check the checkpoint, or use another dtype."
-            )
+        check_logprob(logprob)
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if stopped:
@@ -121,43 +124,83 @@ def make_rows(
     expected_lengths: Sequence[float] | None,
 ) -> list[list[Row]]:
     """The rows of each group, none begun. Raises ValueError for what cannot be sampled."""
-    family = model.config.model_type
-    if family not in SERVED_FAMILIES:
-        raise UserError(
-            f"Sampling does not serve the model family '{family}': use one of {', '.join(SERVED_FAMILIES)}."
-        )
+    check_family(model, "Sampling")
+    if not isinstance(params, SamplingParams):
+        raise UserError(f"params is {params!r:.60}: give bridge_rl.SamplingParams(max_new_tokens=...).")
     if getattr(model.config, "bridge", None) and not has_bridge(model):
         raise UserError("The model's config names a Bridge that is not there: load it with bridge_rl.load_bridge.")
-    widths = [int(width)] * len(prompt_ids) if isinstance(width, int | Integral) else list(width)
+    check_prompts(model, prompt_ids)
+    if not is_list(width):
+        check_kind("width", width, Integral)
+    widths: list[int] = list(width) if isinstance(width, Sized) else [int(width)] * len(prompt_ids)
     if len(widths) != len(prompt_ids):
         raise UserError(
             f"width has {len(widths)} entries for {len(prompt_ids)} prompts: give one a prompt, or one int."
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    for place, (prompt, wide) in enumerate(zip(prompt_ids, widths, strict=True)):
+    for place, wide in enumerate(widths):
+        check_kind(f"width of prompt {place}", wide, Integral)
         if wide < 1:
             raise UserError(f"width is {wide} for prompt {place}: it must be at least 1.")
-        if np.ndim(prompt) != 1:
-            raise UserError(f"Prompt {place} is {prompt!r:.60}: give each prompt as a list of token ids.")
-        if not len(prompt):
-            raise UserError(f"Prompt {place} has no tokens: give every group at least one.")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise UserError(
-                f"Prompt {place} has tokens from {min(prompt)} to {max(prompt)}, and the model knows 0 to "
-                f"{vocabulary - 1}: use its own tokenizer."
-            )
     if limits is None:
         limits = [[params.max_new_tokens] * wide for wide in widths]
-    if [len(group) for group in limits] != widths or any(
-        not 1 <= limit <= params.max_new_tokens for group in limits for limit in group
+    if lengths_of(limits) != widths or not all(
+        isinstance(limit, Integral) and 1 <= int(limit) <= params.max_new_tokens for group in limits for limit in group
     ):
-        raise UserError("limits must give each row of each group a number from 1 to max_new_tokens.")
-    for name, values in (("indices", indices), ("expected_lengths", expected_lengths)):
-        if values is not None and len(values) != len(prompt_ids):
-            raise UserError(f"{name} has {len(values)} entries for {len(prompt_ids)} prompts: give one a prompt.")
+        raise UserError("limits must give each row of each group a whole number from 1 to max_new_tokens.")
+    for name, values, kind in (("indices", indices, Integral), ("expected_lengths", expected_lengths, Real)):
+        if values is not None:
+            check_one_a_prompt(name, values, kind, len(prompt_ids))
     check_positions(model, [len(prompt) + max(group) for prompt, group in zip(prompt_ids, limits, strict=True)])
     numbers = iter(range(sum(widths)))
     return [[Row(next(numbers), place, place, limit) for limit in group] for place, group in enumerate(limits)]
+
+
+def lengths_of(groups: Any) -> list[int] | None:
+    """Of the lists in a list; None where it is none, or one of something else."""
+    return list(map(len, groups)) if is_list(groups) and all(map(is_list, groups)) else None
+
+
+def check_one_a_prompt(name: str, values: Any, kind: type, num_prompts: int) -> None:
+    check_kind(name, values, Sized)
+    if len(values) != num_prompts:
+        raise UserError(f"{name} has {len(values)} entries for {num_prompts} prompts: give one a prompt.")
+    for place, value in enumerate(values):
+        check_kind(f"{name} of prompt {place}", value, kind)
+        if value < 0:
+            raise UserError(f"{name} of prompt {place} is {value}: it must not be negative.")
+
+
+def check_prompts(model: PreTrainedModel, prompt_ids: Any) -> None:
+    """Raise UserError unless they are lists of ids that the model knows, at least one in each."""
+    check_kind("prompt_ids", prompt_ids, Sized)
+    for place, prompt in enumerate(prompt_ids):
+        check_tokens(f"Prompt {place}", prompt, model)
+        if not len(prompt):
+            raise UserError(f"Prompt {place} has no tokens: give every group at least one.")
+
+
+def check_tokens(name: str, tokens: Any, model: PreTrainedModel) -> None:
+    """Raise UserError unless `tokens` is a list of ids that the model knows, be it empty."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids: list[int] | None = None
+    if is_list(tokens):
+        with suppress(TypeError):  # of texts, fractions or lists
+            ids = [index(token) for token in tokens]
+    if ids is None:
+        raise UserError(f"{name} is {tokens!r:.60}: give each as a list of token ids.")
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise UserError(
+            f"{name} has tokens from {min(ids)} to {max(ids)}, and the model knows 0 to {vocabulary - 1}: use its own "
+            "tokenizer."
+        )
+
+
+def check_logprob(logprob: float) -> None:
+    if math.isnan(logprob):
+        raise UserError(
+            "The model's logits are not finite: its weights hold NaN or infinities, or overflow in its dtype. "
+            "Check the checkpoint, or use another dtype."
+        )
 
 
 def check_positions(model: PreTrainedModel, lengths: Sequence[int]) -> None:
@@ -220,7 +263,8 @@ def make_blocks(groups: list[list[Row]], exchange: Sequence[Sequence[int]] | Non
     """
     if exchange is None:
         return [(place,) for place in range(len(groups))]
-    if sorted(place for block in exchange for place in block) != list(range(len(groups))):
+    named = [] if lengths_of(exchange) is None else [place for block in exchange for place in block]
+    if not all(isinstance(place, Integral) for place in named) or sorted(named) != list(range(len(groups))):
         raise UserError(f"exchange must name each of the {len(groups)} prompts once.")
     for block in exchange:
         widths = {len(groups[place]) for place in block}

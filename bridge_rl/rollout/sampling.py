@@ -1,16 +1,16 @@
 """Draw tokens so that a group's draws depend on nothing but its seed, its index and the step."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridge_rl.errors import UserError, check_kind
+from bridge_rl.errors import UserError, check_kind, is_list
 from bridge_rl.group import merge_rows
 
 LEAST_TEMPERATURE = 0.01  # of draws; the next is 0, greedy
@@ -40,23 +40,32 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "seed"):
             check_kind(name, getattr(self, name), Integral)
-        for name in ("temperature", "top_p"):
-            check_kind(name, getattr(self, name), Real)
+        check_kind("top_p", self.top_p, Real)
+        for token in () if self.eos_token_id is None else ids_of(self.eos_token_id):
+            check_kind("eos_token_id", token, Integral)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
-        # Below these the scaled logits overflow, or no token is left, in float32.
-        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
-            raise UserError(
-                f"temperature is {self.temperature}: it must be 0 (greedy) or at least {LEAST_TEMPERATURE}."
-            )
+        check_temperature(self.temperature)
         if not 1e-6 <= self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must be between 1e-6 and 1.")
-        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+        if not is_list(self.stop_strings) or not all(isinstance(stop, str) and stop for stop in self.stop_strings):
             raise UserError(f"stop_strings is {self.stop_strings!r}: give a list of strings that are not empty.")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must not be negative.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}: it must not be negative (0 switches it off).")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise UserError for one at which the scaled logits overflow, or no token is left, in float32."""
+    check_kind("temperature", temperature, Real)
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or at least {LEAST_TEMPERATURE}.")
+
+
+def ids_of(eos_token_id: Any) -> list[int]:
+    """One id or several, as a list."""
+    return list(eos_token_id) if is_list(eos_token_id) or isinstance(eos_token_id, Set) else [eos_token_id]
 
 
 def stream_seed(seed: int, purpose: Literal["training", "warmup", "evaluation", "refill"], number: int = 0) -> int:

@@ -1,6 +1,7 @@
 """Lockstep generation against the full-sequence oracle, and seeds."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -340,6 +341,10 @@ def test_truncated_sampling_stays_inside_its_set(options, allowed):
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"seed": -1}, "seed"),
+        ({"seed": True}, "seed is True: it must be a whole number"),
+        ({"eos_token_id": 2.5}, "eos_token_id is 2.5: it must be a whole number"),
+        ({"eos_token_id": "2"}, "eos_token_id is '2': it must be a whole number"),
+        ({"eos_token_id": [2, None]}, "eos_token_id is None: it must be a whole number"),
     ],
 )
 def test_bad_sampling_params_are_refused(options, named):
@@ -347,27 +352,84 @@ def test_bad_sampling_params_are_refused(options, named):
         br.SamplingParams(**{"max_new_tokens": 4, **options})
 
 
+@pytest.mark.parametrize("convert", [np.int64, lambda eos: [np.int32(eos)], lambda eos: np.array([eos])])
+def test_an_eos_may_be_a_number_of_numpys(convert):
+    model = make_bridged("llama")
+    [[first, *_]] = br.generate_groups(model, [[5]], 1, PARAMS)[0].tokens
+    [group] = br.generate_groups(model, [[5]], 1, replace(PARAMS, eos_token_id=convert(first)))
+    assert (group.tokens, group.finish_reasons) == ([[first]], ["stop"])
+
+
 def test_an_empty_prompt_is_refused(bridged):
     with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
         br.generate_groups(bridged, [[5], []], 2, PARAMS)
-    with pytest.raises(ValueError, match="A prompt is empty"):
+    with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
         br.group_logprobs(bridged, [[5], []], [[[6]], [[7]]])
 
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([5, 6, 7], "Prompt 0 is 5: give each prompt as a list of token ids"),
+        ([5, 6, 7], "Prompt 0 is 5: give each as a list of token ids"),
         (["What is 2 + 2?"], "Prompt 0 is 'What is 2"),
-        (torch.tensor([5, 6]), "Prompt 0 is tensor(5): give each prompt as a list of token ids"),
-        ([[[5, 6]]], "Prompt 0 is [[5, 6]]: give each prompt as a list of token ids"),
+        (torch.tensor([5, 6]), "Prompt 0 is tensor(5): give each as a list of token ids"),
+        ([[[5, 6]]], "Prompt 0 is [[5, 6]]: give each as a list of token ids"),
         ([[5], [6, 50]], "Prompt 1 has tokens from 6 to 50, and the model knows 0 to 49"),
         ([[5], [-1, 6]], "Prompt 1 has tokens from -1 to 6"),
+        ([[5], [6.0]], "Prompt 1 is [6.0]: give each as a list of token ids"),
+        ([["5"]], "Prompt 0 is ['5']: give each as a list of token ids"),
+        ([{5, 6}], "Prompt 0 is {5, 6}: give each as a list of token ids"),
+        ("5", "prompt_ids is '5': it must be a list"),
+        (None, "prompt_ids is None: it must be a list"),
     ],
 )
 def test_prompts_that_are_no_token_ids_of_the_model_are_refused(prompts, message):
+    model = make_base("llama")
     with pytest.raises(UserError, match=re.escape(message)):
-        br.generate_groups(make_base("llama"), prompts, 2, PARAMS)
+        br.generate_groups(model, prompts, 2, PARAMS)
+    with pytest.raises(UserError, match=re.escape(message)):
+        br.group_logprobs(model, prompts, [[[6]], [[7]]])
+
+
+@pytest.mark.parametrize(
+    ("completions", "message"),
+    [
+        ([[[6], [50]]], "Completion 1 of prompt 0 has tokens from 50 to 50, and the model knows 0 to 49"),
+        ([[[6], [7, -1]]], "Completion 1 of prompt 0 has tokens from -1 to 7"),
+        ([[[6.5]]], "Completion 0 of prompt 0 is [6.5]: give each as a list of token ids"),
+        ([[6, 7]], "Completion 0 of prompt 0 is 6: give each as a list of token ids"),
+        ([[[[6]]]], "Completion 0 of prompt 0 is [[6]]: give each as a list of token ids"),
+        ([6], "completions is [6]: give a list of groups"),
+        (None, "completions is None: give a list of groups"),
+        ([[]], "1 prompts and groups of widths [0]"),
+        ([], "1 prompts and groups of widths []"),
+        ([[[6]], [[7]]], "1 prompts and groups of widths [1]"),
+    ],
+)
+def test_completions_that_are_no_rows_of_token_ids_are_refused(completions, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        br.group_logprobs(make_bridged("llama"), [[5]], completions)
+
+
+@pytest.mark.parametrize("temperature", [-1, float("nan"), float("inf"), 1e-40, "1", None])
+def test_the_full_forward_knows_the_temperatures_of_sampling_only(temperature):
+    model = make_bridged("llama")
+    with pytest.raises(UserError, match=f"temperature is {temperature!r}: it must be"):
+        br.group_logprobs(model, [[5]], [[[6]]], temperature)
+    assert br.group_logprobs(model, [[5]], [[[6]]], 0) == br.group_logprobs(model, [[5]], [[[6]]], 1.0)
+
+
+@pytest.mark.parametrize("model", ["runs/demo", None])
+def test_a_path_is_no_model(model):
+    for call in (
+        lambda: br.generate_groups(model, [[5]], 2, PARAMS),
+        lambda: br.group_logprobs(model, [[5]], [[[6]]]),
+        lambda: br.attach_bridge(model, br.BridgeConfig()),
+        lambda: list(br.bridge_parameters(model)),
+        lambda: br.save_bridge(model, "nowhere"),
+    ):
+        with pytest.raises(UserError, match=f"The model is {model!r}: load it first"):
+            call()
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
@@ -385,6 +447,8 @@ def test_logits_that_are_not_finite_are_said_to_be(temperature):
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are not finite"):
         br.generate_groups(model, PROMPTS, 2, br.SamplingParams(5, temperature=temperature))
+    with pytest.raises(UserError, match="logits are not finite"):
+        br.group_logprobs(model, [[5]], [[[6]]], temperature)
 
 
 LONG_ROPE = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "partial_rotary_factor": 1.0}
