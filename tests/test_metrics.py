@@ -9,6 +9,7 @@ from scipy import stats
 from synthetic import make_group
 
 import bridge_rl as br
+from bridge_rl.errors import UserError
 from bridge_rl.evaluation.metrics import (
     best_row,
     bounds,
@@ -71,7 +72,20 @@ def test_impossible_counts_are_refused(arguments):
         br.g_pass_at_k(*arguments, 0.5)
 
 
-@pytest.mark.parametrize("tau", [-0.1, 1.1])
+@pytest.mark.parametrize(("name", "value"), [("n", 4.0), ("c", float("nan")), ("c", "2"), ("k", None), ("k", True)])
+def test_counts_are_whole_numbers(name, value):
+    with pytest.raises(UserError, match=f"{name} is {value!r}: it must be a whole number"):
+        br.pass_at_k(**{"n": 4, "c": 2, "k": 2, name: value})
+    with pytest.raises(UserError, match=f"{name} is {value!r}: it must be a whole number"):
+        br.g_pass_at_k(**{"n": 4, "c": 2, "k": 2, "tau": 0.5, name: value})
+
+
+def test_a_threshold_of_text_is_refused():
+    with pytest.raises(UserError, match=r"tau is '0\.5': it must be a number"):
+        br.g_pass_at_k(4, 2, 4, "0.5")
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1.1, float("nan")])
 def test_a_threshold_that_is_no_share_is_refused(tau):
     with pytest.raises(ValueError, match="must be between 0 and 1"):
         br.g_pass_at_k(4, 2, 4, tau)
@@ -83,6 +97,19 @@ def test_the_majority_wins_and_the_earliest_of_a_tie():
     assert br.majority_vote([None, None, "7"]) == "7"
     assert br.majority_vote([None]) is None
     assert br.majority_vote([]) is None
+
+
+def test_a_nan_is_no_answer():
+    """As pandas writes one that is missing."""
+    assert br.majority_vote([np.nan, np.nan, "7"]) == "7"
+
+
+@pytest.mark.parametrize(
+    ("answers", "sentence"), [("aab", "answers is 'aab': it must be a list"), ([[1], [1]], r"An answer is \[1\]: give")]
+)
+def test_what_cannot_vote_is_refused(answers, sentence):
+    with pytest.raises(UserError, match=sentence):
+        br.majority_vote(answers)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), SMALL)

@@ -8,12 +8,14 @@ which is valid only where rows are independent.
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Sized
 from functools import lru_cache
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge_rl.errors import UserError, check_kind
 from bridge_rl.evaluation.samples import SampledGroup
 
 RIGHT = 0.5  # a completion is right when its first reward is above this
@@ -38,8 +40,9 @@ def g_pass_at_k(n: int, c: int, k: int, tau: float) -> float:
     Exchangeability as in `pass_at_k`. Raises ValueError unless 0 <= c <= n, 1 <= k <= n and 0 <= tau <= 1.
     """
     _check_counts(n, c, k)
+    check_kind("tau", tau, Real)
     if not 0 <= tau <= 1:
-        raise ValueError(f"tau is {tau}: it must be between 0 and 1.")
+        raise UserError(f"tau is {tau}: it must be between 0 and 1.")
     return _at_least(n, c, k, least_right(k, tau))
 
 
@@ -67,13 +70,19 @@ def _at_least(n: int, c: int, k: int, least: int) -> float:
 
 
 def _check_counts(n: int, c: int, k: int) -> None:
+    for name, count in {"n": n, "c": c, "k": k}.items():
+        check_kind(name, count, Integral)
     if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"n = {n}, c = {c}, k = {k}: need 0 <= c <= n and 1 <= k <= n.")
+        raise UserError(f"n = {n}, c = {c}, k = {k}: need 0 <= c <= n and 1 <= k <= n.")
 
 
 def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
-    """The most frequent answer; the earliest of those tied; None (no answer) never wins unless it is all there is."""
-    counts = Counter(answer for answer in answers if answer is not None)
+    """The most frequent answer; the earliest of those tied; None (no answer, as is NaN) if there is nothing else."""
+    check_kind("answers", answers, Sized)
+    for answer in answers:
+        if not isinstance(answer, Hashable):
+            raise UserError(f"An answer is {answer!r:.60}: give texts, numbers or None, which can be counted.")
+    counts = Counter(answer for answer in answers if answer is not None and answer == answer)
     return counts.most_common(1)[0][0] if counts else None
 
 

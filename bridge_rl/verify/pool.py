@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
+from numbers import Real
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from bridge_rl.errors import UserError
+from bridge_rl.errors import UserError, check_kind
 from bridge_rl.verify.answer import find_answer, gold_answer
 from bridge_rl.verify.common_form import canonical, for_worker
 from bridge_rl.verify.decide import decide, in_one_form, readable, value_of, word
@@ -29,6 +30,7 @@ Status = Literal["ok", "unparsed", "timeout", "error"]
 Reply = Literal["ok", "unparsed", "error", "failed", "timeout", "vanished"]  # the last two are the parent's words
 WORKER = Path(__file__).with_name("worker.py")
 MEMORY_BYTES = 2 << 30
+LONGEST_S = 10**6  # of a deadline: poll() counts milliseconds in 32 bits
 START_SECONDS = 120  # a worker needs 0.4 s on an idle machine; a file system may be slow on the first import
 STARTS = 3
 MAX_WORKERS = 8
@@ -84,8 +86,13 @@ class VerifierPool:
 
     def verify(self, predictions: Sequence[str], gold: Sequence[str], timeout_s: float = 5.0) -> list[Verdict]:
         """One verdict a pair, in order; equal pairs are judged once. See `verify_answers`."""
+        for name, texts in {"predictions": predictions, "gold": gold}.items():
+            check_kind(name, texts, Sized)
+            for place, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise UserError(f"{name}: number {place} is {text!r:.60}: give a text.")
         if len(predictions) != len(gold):
-            raise ValueError(f"{len(predictions)} predictions for {len(gold)} gold answers: pass one gold for each.")
+            raise UserError(f"{len(predictions)} predictions for {len(gold)} gold answers: pass one gold for each.")
         pairs = list(zip(predictions, gold, strict=True))
         found = {pair: _prepare(*pair) for pair in pairs}
         judged = self.judge_all([job for job in found.values() if isinstance(job, Job)], timeout_s)
@@ -115,9 +122,10 @@ class VerifierPool:
             self._drop(worker)
 
     def judge_all(self, jobs: Sequence[Job], timeout_s: float) -> dict[Job, Verdict]:
-        """The verdict of each job. Raises ValueError unless timeout_s > 0."""
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s is {timeout_s}: it must be above 0.")
+        """The verdict of each job. Raises ValueError unless 0 < timeout_s <= LONGEST_S."""
+        check_kind("timeout_s", timeout_s, Real)
+        if not 0 < timeout_s <= LONGEST_S:
+            raise UserError(f"timeout_s is {timeout_s}: it must be above 0, and at most {LONGEST_S}.")
         different = list(dict.fromkeys(jobs))
         return dict(zip(different, self._executor.map(self._judge, different, repeat(timeout_s)), strict=True))
 

@@ -165,10 +165,26 @@ def test_equal_pairs_are_judged_once_and_counted_each(pool):
 def test_unequal_lengths_and_silly_deadlines_are_refused(pool):
     with pytest.raises(ValueError, match="2 predictions for 1 gold"):
         verify_answers(["1", "2"], ["1"])
-    with pytest.raises(ValueError, match="timeout_s"):
-        pool.verify(["1"], ["1"], timeout_s=0)
+    for timeout_s in (0, float("nan"), float("inf"), "5", None):
+        with pytest.raises(UserError, match=f"timeout_s is {timeout_s!r}: it must be"):
+            pool.verify(["1"], ["1"], timeout_s=timeout_s)
     assert verify_answers([], []) == []
     assert gold_parses([]) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        ("5", "is '5': it must be a list"),
+        ([5], "number 0 is 5: give a text"),
+        ([None], "number 0 is None: give a text"),
+    ],
+)
+def test_answers_that_are_no_texts_are_refused(texts, sentence):
+    with pytest.raises(UserError, match=f"predictions:? {sentence}"):
+        verify_answers(texts, ["5"])
+    with pytest.raises(UserError, match=f"gold:? {sentence}"):
+        verify_answers(["5"], texts)
 
 
 def test_the_number_of_workers_comes_from_the_environment(monkeypatch):
