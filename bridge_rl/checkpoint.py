@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, P
 from transformers.utils import logging
 
 from bridge_rl.block import BridgeConfig
-from bridge_rl.errors import UserError, first_line
+from bridge_rl.errors import UserError, check_kind, first_line
 from bridge_rl.fingerprint import fingerprint
 from bridge_rl.surgery import attach_bridge, bridge_parameters, check_takes_bridge, find_state
 
@@ -57,6 +57,9 @@ def save_bridge(model: PreTrainedModel, directory: str | Path, merged: bool = Fa
     """
     directory = Path(directory)
     state = find_state(model)
+    check_kind("merged", merged, bool)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name a directory.")
     if hasattr(model, "peft_config"):
         raise UserError("The model is wrapped by PEFT: merge the adapter first (model.merge_and_unload()).")
     if not merged and fingerprint(model) != state.fingerprint:
@@ -127,7 +130,7 @@ def is_bridge_checkpoint(directory: str | Path) -> bool:
 
 
 def load_bridge(
-    directory: str | Path, base_model: str | PreTrainedModel | None = None, **from_pretrained_kwargs: Any
+    directory: str | Path, base_model: str | Path | PreTrainedModel | None = None, **from_pretrained_kwargs: Any
 ) -> PreTrainedModel:
     """Load a model with its Bridge from any of the three kinds of directory.
 
@@ -160,9 +163,13 @@ def load_bridge(
             raise UserError(f"{', '.join(options)}: of no use for a base_model that is loaded already.")
         base = base_model
     else:
+        if not isinstance(base_model, str | Path | None):
+            raise UserError(
+                f"base_model is {base_model!r:.60}: give a path, the name of a model on the hub, or a model."
+            )
         if base_model is None:
             options = content.get("base_options", {}) | options
-        base = _load_base(directory, base_model or content["base"], content.get("quantization"), options)
+        base = _load_base(directory, str(base_model or content["base"]), content.get("quantization"), options)
     check_takes_bridge(base)
     found = fingerprint(base)
     if found != content["base_fingerprint"]:

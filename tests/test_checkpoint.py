@@ -189,6 +189,22 @@ def test_what_would_be_ignored_is_refused(tmp_path):
         br.load_bridge(tmp_path / "full", make_base("llama"))
 
 
+def test_what_is_no_base_directory_or_mode_of_saving_is_refused(tmp_path):
+    model = make_bridged("llama")
+    br.save_bridge(model, tmp_path / "bridge")
+    with pytest.raises(UserError, match=r"base_model is 2\.5: give a path"):
+        br.load_bridge(tmp_path / "bridge", 2.5)
+    with pytest.raises(UserError, match=r"does not serve the model family 'None' \(Linear\)"):
+        br.load_bridge(tmp_path / "bridge", torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match="merged is 'no': it must be true or false"):
+        br.save_bridge(model, tmp_path / "full", merged="no")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file: name a directory"):
+        br.save_bridge(model, tmp_path / "file")
+    with pytest.raises(UserError, match=r"config is \{'num_heads': 2\}: give bridge_rl.BridgeConfig"):
+        br.attach_bridge(make_base("llama"), {"num_heads": 2})
+
+
 def test_a_full_checkpoint_keeps_its_bridge(base_directory, tmp_path):
     model = attach_to(base_directory)
     br.save_bridge(model, tmp_path / "full", merged=True)
