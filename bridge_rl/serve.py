@@ -55,6 +55,13 @@ class SamplingError(RuntimeError):
     """Why the model cannot sample what was rightly asked for."""
 
 
+class UnknownModelError(UserError):
+    """Another model than this server's is asked for."""
+
+    def __init__(self, asked: str, name: str) -> None:
+        super().__init__(f"model is {asked!r}: this server has {name!r}.")
+
+
 class Fields(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     """What both endpoints take."""
 
@@ -189,7 +196,7 @@ def make_app(
     @app.get("/v1/models/{wanted:path}")  # names are paths, or have a / in them
     async def model_card(wanted: str) -> JSONResponse:
         if wanted != name:
-            return error_response(404, "invalid_request_error", f"model is {wanted!r}: this server has {name!r}.")
+            raise UnknownModelError(wanted, name)
         return JSONResponse(card)
 
     @app.get("/health")
@@ -224,7 +231,7 @@ async def in_turn(
 def check_fields(fields: Fields, name: str, max_tokens: int, max_width: int) -> None:
     """Raise UserError naming the field that is out of the server's range."""
     if fields.model not in (None, name):
-        raise UserError(f"model is {fields.model!r}: this server has {name!r}.")
+        raise UnknownModelError(str(fields.model), name)
     ranges = {"n": (1, max_width), "max_tokens": (1, max_tokens), "logprobs": (0, 1)}
     for key, (low, high) in (ranges | {"seed": (0, 2**63 - 1)}).items():
         value = getattr(fields, key)
@@ -233,7 +240,11 @@ def check_fields(fields: Fields, name: str, max_tokens: int, max_width: int) -> 
 
 
 def refuse(request: Request, error: Exception) -> JSONResponse:
-    """400 in OpenAI's shape, with a sentence for each field at fault."""
+    """In OpenAI's shape 404 for another model, by which clients tell it, else 400 with a sentence for each field at
+    fault.
+    """
+    if isinstance(error, UnknownModelError):
+        return error_response(404, "invalid_request_error", str(error), "model_not_found")
     sentences = [] if isinstance(error, RequestValidationError) else [str(error)]
     for fault in error.errors() if isinstance(error, RequestValidationError) else ():
         field = ".".join(map(str, fault["loc"][1:])) or "body"
@@ -269,9 +280,10 @@ def own_up(request: Request, error: Exception) -> JSONResponse:
     return error_response(500, "server_error", message)
 
 
-def error_response(status: int, kind: str, message: str) -> JSONResponse:
+def error_response(status: int, kind: str, message: str, code: str | None = None) -> JSONResponse:
     """In OpenAI's shape."""
-    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status)
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 def text_choice(
