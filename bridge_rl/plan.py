@@ -18,9 +18,9 @@ from bridge_rl.data import FILE_FORMATS, is_function, load_problems, make_prompt
 from bridge_rl.errors import UserError
 from bridge_rl.memory import Memory, estimate, estimate_warmup
 from bridge_rl.memory_shapes import Parameters
-from bridge_rl.models import load_tokenizer, model_config, resolve_path
+from bridge_rl.models import load_tokenizer, model_config, resolve_path, uses_deepspeed, uses_fsdp
 from bridge_rl.presets import preset_config
-from bridge_rl.run_options import check_optimizer, training_arguments
+from bridge_rl.run_options import check_optimizer, stage_of_launcher, training_arguments
 from bridge_rl.surgery import attach_bridge, bridge_parameters
 from bridge_rl.warmup import PROBLEMS_PER_CALL
 
@@ -136,6 +136,12 @@ def check(recipe: Recipe) -> Plan:
             f"{torch.cuda.device_count()} GPUs are visible to one process, which would split groups over them: start "
             "it by accelerate launch, or with CUDA_VISIBLE_DEVICES=0."
         )
+    stage = stage_of_launcher() if uses_deepspeed() else None
+    if stage is not None and recipe.launch.zero_stage not in (0, stage):
+        raise UserError(
+            f"launch.zero_stage is {recipe.launch.zero_stage}, but the launcher's configuration turns on ZeRO stage "
+            f"{stage}, which would decide: set launch.zero_stage={stage}, or launch without that configuration."
+        )
     plan = make_plan(recipe)
     if plan.conflicts:
         more = f" ({len(plan.conflicts)} conflicts in all: --dry-run lists them)" if len(plan.conflicts) > 1 else ""
@@ -247,7 +253,7 @@ def describe(recipe: Recipe, plan: Plan) -> str:
         f"parameters       {base:,} base, {p.new:,} new ({p.new / base:.2%}), "
         f"{p.trained:,} trained (train={recipe.train})",
         f"groups           width {recipe.rollout.width}, {recipe.rollout.num_generations} completions a prompt",
-        f"processes        {b.num_processes}, ZeRO stage {recipe.launch.zero_stage}",
+        f"processes        {b.num_processes}, {describe_sharding(recipe, b.num_processes)}",
         f"generation batch {b.prompts_per_generation} prompts, {b.rows_per_generation} rows; "
         f"{b.groups_per_rank} groups a rank; serves {b.updates_per_generation:g} updates",
         f"micro-batch      {b.groups_per_micro_batch} groups, {b.rows_per_micro_batch} rows a rank; "
@@ -258,6 +264,18 @@ def describe(recipe: Recipe, plan: Plan) -> str:
     ]
     notes = [f"conflict: {conflict}" for conflict in plan.conflicts]
     return "\n".join(lines + notes)
+
+
+def describe_sharding(recipe: Recipe, num_processes: int) -> str:
+    """What shards the run: a launcher's configuration goes before the recipe's stage."""
+    planned = recipe.launch.zero_stage if num_processes > 1 else 0
+    if not uses_deepspeed() and not uses_fsdp():
+        unknown = num_processes > 1 and "WORLD_SIZE" not in os.environ
+        return f"ZeRO stage {planned}" + (" unless the launcher's configuration has another" if unknown else "")
+    stage = stage_of_launcher() if uses_deepspeed() else None
+    shown = "FSDP" if uses_fsdp() else "ZeRO" if stage is None else f"ZeRO stage {stage}"
+    note = "" if stage == planned else f"; memory is planned for ZeRO stage {planned}"
+    return f"{shown} by the launcher's configuration{note}"
 
 
 def describe_memory(recipe: Recipe, plan: Plan) -> list[str]:

@@ -1,5 +1,6 @@
 """What a recipe asks of the libraries: the options of TRL's trainer, of the warm-up's, of LoRA and of DeepSpeed."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def prepare_distributed(recipe: Recipe) -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def stage_of_launcher() -> int | None:
+    """ZeRO's stage under a launcher that has turned DeepSpeed on; None where its file does not say, or is not here."""
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if named == "none":
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # accelerate's own default
+    file = find_file(named)
+    if file is None:
+        return None
+    try:
+        stage = json.loads(file.read_text())["zero_optimization"]["stage"]
+    except (ValueError, KeyError, TypeError):  # which accelerate will say, or fill in
+        return None
+    return stage if isinstance(stage, int) else None
 
 
 def device_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from bridge_rl.cli import main
 from bridge_rl.config import load_recipe
 from bridge_rl.errors import UserError
 from bridge_rl.models import load_model
-from bridge_rl.plan import Batches, check, count_parameters, make_plan, work_out_batches
+from bridge_rl.plan import Batches, check, count_parameters, describe, make_plan, work_out_batches
 from bridge_rl.presets import LLAMA_8B, QWEN_1_5B, QWEN_7B, preset_config
 from bridge_rl.run_options import lora_config
 
@@ -370,3 +370,50 @@ def test_another_number_of_processes_than_planned_is_a_conflict(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", world)
         with pytest.raises(UserError, match=f"launch.num_processes is 8 but this run has {world}"):
             check(recipe)
+
+
+def under_launcher(monkeypatch, **settings) -> None:
+    """In one of two processes that a launcher has started with these of accelerate's variables."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in settings.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+
+ZERO_2 = {"USE_DEEPSPEED": "true", "DEEPSPEED_CONFIG_FILE": "launch/deepspeed/zero2.json"}
+LAUNCHERS = {
+    "none": (None, "8, ZeRO stage 3 unless the launcher's configuration has another"),
+    "torchrun": ({}, "8, ZeRO stage 3"),
+    "a file": (ZERO_2, "8, ZeRO stage 2 by the launcher's configuration; memory is planned for ZeRO stage 3"),
+    "a stage": (
+        {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"},
+        "8, ZeRO stage 3 by the launcher's configuration",
+    ),
+    "a file of another machine": (
+        {"USE_DEEPSPEED": "true", "DEEPSPEED_CONFIG_FILE": "elsewhere.json"},
+        "8, ZeRO by the launcher's configuration; memory is planned for ZeRO stage 3",
+    ),
+    "fsdp": ({"USE_FSDP": "true"}, "8, FSDP by the launcher's configuration; memory is planned for ZeRO stage 3"),
+}
+
+
+@pytest.mark.parametrize(("settings", "said"), LAUNCHERS.values(), ids=LAUNCHERS)
+def test_a_plan_says_what_shards_the_run(monkeypatch, settings, said):
+    if settings is not None:
+        under_launcher(monkeypatch, **settings)
+    recipe = load_recipe(RECIPES / "r1_distill_1.5b.yaml")
+    assert f"processes        {said}\n" in describe(recipe, make_plan(recipe))
+
+
+def test_one_process_shards_nothing():
+    recipe = load_recipe(TINY, ["launch.zero_stage=3"])
+    assert "processes        1, ZeRO stage 0\n" in describe(recipe, make_plan(recipe))
+
+
+def test_another_stage_of_zero_than_the_launchers_is_a_conflict(monkeypatch):
+    under_launcher(monkeypatch, **ZERO_2)
+    for stage in (0, 2):
+        check(load_recipe(TINY, [f"launch.zero_stage={stage}"]))
+    with pytest.raises(
+        UserError, match=r"launch.zero_stage is 3, but the launcher's configuration turns on ZeRO stage 2"
+    ):
+        check(load_recipe(TINY, ["launch.zero_stage=3"]))
