@@ -109,12 +109,18 @@ def test_cutting_groups_is_a_conflict():
         (["train=lora", "training.cast_lm_head_to_fp32=true"], "TRL cannot where the embedding is the head"),
         (["training.router_aux_loss_coef=0.1"], "router_aux_loss_coef is 0.1, but llama has no experts"),
         (["training.log_level=loud"], "training.log_level is 'loud': use one of detail, debug"),
+        (["training.debug=underflow_overflow"], "debug is 'underflow_overflow': transformers' hooks fail at what the"),
         (["train=full", "output_dir=bridge_rl/tiny/model"], "the run would write over its base"),
     ],
 )
 def test_what_would_do_nothing_or_fail_late_is_a_conflict(overrides, expected):
     [found] = make_plan(load_recipe(TINY, overrides)).conflicts
     assert re.search(expected, found)
+
+
+def test_a_model_without_a_bridge_may_be_debugged():
+    overrides = ["training.debug=underflow_overflow", "bridge=null", "warmup=null", "train=full"]
+    assert make_plan(load_recipe(TINY, overrides)).conflicts == []
 
 
 def test_a_metric_that_is_measured_may_choose_the_best():
