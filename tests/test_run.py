@@ -512,6 +512,7 @@ def test_a_base_whose_choices_for_sampling_are_at_odds_can_be_trained_in_full(tm
     assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_another_evaluation_keeps_no_samples_of_the_old_one(tmp_path):
     options = [option for option in SMALL if not option.startswith("warmup.")]
     options += ["warmup=null", "training.save_strategy=steps", "training.save_steps=2", f"output_dir={tmp_path}"]
