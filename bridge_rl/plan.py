@@ -136,7 +136,7 @@ def check(recipe: Recipe) -> Plan:
             f"{torch.cuda.device_count()} GPUs are visible to one process, which would split groups over them: start "
             "it by accelerate launch, or with CUDA_VISIBLE_DEVICES=0."
         )
-    stage = stage_of_launcher() if uses_deepspeed() else None
+    stage = stage_of_launcher()
     if stage is not None and recipe.launch.zero_stage not in (0, stage):
         raise UserError(
             f"launch.zero_stage is {recipe.launch.zero_stage}, but the launcher's configuration turns on ZeRO stage "
@@ -272,7 +272,7 @@ def describe_sharding(recipe: Recipe, num_processes: int) -> str:
     if not uses_deepspeed() and not uses_fsdp():
         unknown = num_processes > 1 and "WORLD_SIZE" not in os.environ
         return f"ZeRO stage {planned}" + (" unless the launcher's configuration has another" if unknown else "")
-    stage = stage_of_launcher() if uses_deepspeed() else None
+    stage = stage_of_launcher()
     shown = "FSDP" if uses_fsdp() else "ZeRO" if stage is None else f"ZeRO stage {stage}"
     note = "" if stage == planned else f"; memory is planned for ZeRO stage {planned}"
     return f"{shown} by the launcher's configuration{note}"

@@ -47,7 +47,11 @@ def prepare_distributed(recipe: Recipe) -> None:
 
 
 def stage_of_launcher() -> int | None:
-    """ZeRO's stage under a launcher that has turned DeepSpeed on; None where its file does not say, or is not here."""
+    """ZeRO's stage under a launcher that has turned DeepSpeed on; None where none has, or where
+    its file does not say it or is not here.
+    """
+    if not uses_deepspeed():
+        return None
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if named == "none":
         return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # accelerate's own default

@@ -325,5 +325,4 @@ def listens(model: PreTrainedModel) -> bool:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: the tokenizer's, and those the model declares (as TRL's trainer does)."""
-    declared = model.generation_config.eos_token_id
-    return sorted({*([] if declared is None else ids_of(declared)), tokenizer.eos_token_id} - {None})
+    return sorted({*ids_of(model.generation_config.eos_token_id), tokenizer.eos_token_id} - {None})

@@ -47,4 +47,4 @@ def eos_token_ids(model: PreTrainedModel, params: SamplingParams) -> list[int]:
     eos = params.eos_token_id
     if eos is None:
         eos = model.generation_config.eos_token_id
-    return [] if eos is None else list(map(int, ids_of(eos)))
+    return list(map(int, ids_of(eos)))

@@ -41,7 +41,7 @@ class SamplingParams:
         for name in ("max_new_tokens", "top_k", "seed"):
             check_kind(name, getattr(self, name), Integral)
         check_kind("top_p", self.top_p, Real)
-        for token in () if self.eos_token_id is None else ids_of(self.eos_token_id):
+        for token in ids_of(self.eos_token_id):
             check_kind("eos_token_id", token, Integral)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1.")
@@ -64,7 +64,9 @@ def check_temperature(temperature: float) -> None:
 
 
 def ids_of(eos_token_id: Any) -> list[int]:
-    """One id or several, as a list."""
+    """One id, several or None, as a list."""
+    if eos_token_id is None:
+        return []
     return list(eos_token_id) if is_list(eos_token_id) or isinstance(eos_token_id, Set) else [eos_token_id]
 
 
