@@ -298,11 +298,8 @@ def mode_conflicts(recipe: Recipe, tied: bool) -> Iterator[str]:
     """Options that do not go with what is trained. `tied`: whether the embedding is the head."""
     if recipe.train == "lora" and recipe.training.get("cast_lm_head_to_fp32") and tied:
         yield "training.cast_lm_head_to_fp32 with train=lora: TRL cannot where the embedding is the head, leave it."
-    if recipe.training.get("debug") and recipe.bridge is not None:
-        yield (
-            f"training.debug is {recipe.training['debug']!r}: transformers' hooks fail at what the blocks are given "
-            "(which rows are alive, no numbers): leave it out, guards.max_skipped names gradients that are not finite."
-        )
+    if recipe.bridge is not None:
+        yield from safety.hook_conflicts(recipe.training)
     own_base = recipe.model.gguf_file or recipe.model.revision or is_bridge_checkpoint(resolve_path(recipe.model.path))
     if recipe.train == "full" and recipe.training.get("beta") and own_base:
         yield (

@@ -87,6 +87,15 @@ def conflicts(options: Mapping[str, Any], width: int) -> Iterator[str]:
             yield f"training.{key} is {value}, which splits groups: make it a multiple of the width {width}."
 
 
+def hook_conflicts(options: Mapping[str, Any]) -> Iterator[str]:
+    """The same, of those that fail on a model with blocks."""
+    if options.get("debug"):
+        yield (
+            f"training.debug is {options['debug']!r}: transformers' hooks fail at what the blocks are given "
+            "(which rows are alive, no numbers): leave it out, guards.max_skipped names gradients that are not finite."
+        )
+
+
 def check_safe(options: Mapping[str, Any], width: int) -> None:
     """Raise UserError with the first of `conflicts`, and for no width."""
     if width < 1:

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
-from bridge_rl import run_checkpoints
+from bridge_rl import run_checkpoints, safety
 from bridge_rl.checkpoint import (
     CARD,
     WEIGHTS_FILE,
@@ -48,7 +48,6 @@ from bridge_rl.reward_functions import check_columns, told_apart
 from bridge_rl.rollout import RolloutOptions
 from bridge_rl.rollout.decode import attention
 from bridge_rl.rollout.sampling import stream_seed
-from bridge_rl.safety import check_fsdp, check_safe, keep_outputs
 from bridge_rl.stop import GivenUp, Stop
 from bridge_rl.surgery import bridge_parameters, disable_bridge, find_state, freeze_base, has_bridge
 from bridge_rl.training_rollout import lockstep_rollout
@@ -130,7 +129,7 @@ class BridgeGRPOTrainer(GRPOTrainer):
         stop: Stop | None = None,
         **kwargs: Any,
     ) -> None:
-        check_safe(vars(args), width)
+        safety.check_safe(vars(args), width)
         for key in ("tools", "environment_factory", "rollout_func"):
             if kwargs.get(key):
                 raise UserError(f"{key} is set: it samples rows without their siblings, leave it out.")
@@ -143,7 +142,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         if stop is not None:
             self.rollout_options = replace(rollout_options or RolloutOptions(), cancelled=stop.asked)
         self.update = update or UpdateSection()
-        for conflict in part_conflicts(vars(args), model.config, self.update):
+        of_hooks = safety.hook_conflicts(vars(args)) if has_bridge(model) else ()
+        for conflict in (*of_hooks, *part_conflicts(vars(args), model.config, self.update)):
             raise UserError(conflict)
         self._own_attention = model.config.get_text_config()._attn_implementation
         self.evaluator = evaluator
@@ -176,8 +176,8 @@ class BridgeGRPOTrainer(GRPOTrainer):
         if quantized:
             self._train_in_float32(blocks)
         if uses_fsdp():
-            check_fsdp(self.accelerator)
-            keep_outputs(self.accelerator.state.fsdp_plugin)
+            safety.check_fsdp(self.accelerator)
+            safety.keep_outputs(self.accelerator.state.fsdp_plugin)
         if shares_reference:
             args.beta = self.beta = beta
             self.ref_model = BaseReference(self)

@@ -454,6 +454,11 @@ def test_a_directory_with_a_model_that_would_be_read_instead_is_refused(tokenize
         make(now)
 
 
+def test_hooks_that_fail_on_a_model_with_blocks_are_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"debug is .*: transformers' hooks fail at what the blocks are given"):
+        make_trainer(tokenizer, tmp_path, debug="underflow_overflow")
+
+
 @pytest.mark.parametrize("train", ["bridge", "lora", "full"])
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tokenizer, tmp_path, train):
     """All but a few texts: those of the tokenizer, of the configuration, of the state of the trainer."""

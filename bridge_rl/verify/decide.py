@@ -27,12 +27,16 @@ _RATIO = re.compile(r"([-+]?)(?:\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\
 _POWER_OF_TEN = re.compile(r"([-+]?(?:\d+(?:\.\d+)?|\.\d+))\s*\\(?:times|cdot)\s*10\^(?:\{([-+]?\d{1,3})\}|(\d))")
 _IN_BASE = re.compile(r"(\d[0-9A-Za-z]*)_(?:\{([1-9]\d?)\}|([1-9]\d?))")
 _HALF_OF_DAY = re.compile(r"\b([ap])\.?\s?m\b")
-_FIRST_NUMBER = re.compile(r"\d(?:[\d.,/]*\d)?")
-_NOT_THE_VALUE = re.compile(  # in front of it
-    r"(?:\b(?:not|never|either|between)|n't|\bat (?:least|most)"
-    r"|\b(?:less|more|greater|fewer|larger|smaller|other) than)"
-    r"(?:\s+(?:be|or|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
+_NUMBER = re.compile(r"\d(?:[\d.,/]*\d)?")
+_DENIAL = r"\b(?:not|never|cannot)|n't|\bother than"
+_UP_TO_IT = r"(?:\s+(?:be|or|equal|to|exactly|just|simply|necessarily|even))*[\s$*\\(]*\Z"
+_DENIED = re.compile(rf"(?:{_DENIAL}){_UP_TO_IT}")  # in front of a number
+_NOT_THE_VALUE = re.compile(
+    rf"(?:{_DENIAL}|\b(?:either|between)|\bat (?:least|most)|\b(?:less|more|greater|fewer|larger|smaller) than)"
+    rf"{_UP_TO_IT}"
 )
+_CLOCK = re.compile(r"\d:\d")
+_OR_ANOTHER = re.compile(rf",?\s*or\s+(?:(?:maybe|perhaps|possibly|even|rather)\s+)?({_NUMBER.pattern})")
 _PERCENTAGE = re.compile(rf"(.+?){GAP}*\\?%")
 _GOES_ON = re.compile(r",\s*(?:\\[lc]?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS})")  # of a list or set
 _CHOICE = re.compile(  # `\textbf{(C) }12` or `(C) 12`, but not `\text{(A)}\text{ or (B)}`
@@ -48,7 +52,8 @@ _MIN_WORD, _SHORT_WORDS = 4, ("yes", "no")  # letters: `xyz` and `p - q` are no 
 def decide(prediction: Answer, gold: Answer) -> bool | None:
     """The verdict on numbers, lists of them or words, or on numbers in unlike words; None if a worker has to look."""
     if prediction.prose:
-        return False if prediction.text.startswith(INTRODUCTION) and _says_another(prediction.text, gold.text) else None
+        another = _says_another if prediction.text.startswith(INTRODUCTION) else _only_denies
+        return False if another(plain_text(prediction.text), gold.text) else None
     if (expected := numbers(gold.text)) and (given := numbers(prediction.text)):
         return len(given) == len(expected) and all(map(numbers_agree, given, expected))
     if (same := _percentages_agree(prediction.text, gold.text)) is not None:
@@ -66,18 +71,33 @@ def decide(prediction: Answer, gold: Answer) -> bool | None:
     return None if gold_word is None or given_word is None else gold_word == given_word
 
 
-def _says_another(sentence: str, gold: str) -> bool:
+def _says_another(plain: str, gold: str) -> bool:
     """Whether a sentence changes the number that math-verify would find in it: `not 5`, `5 million dollars`.
 
     What changes it comes right behind it, unlike in `12 apples, half of them red`.
     """
-    plain = plain_text(sentence)
-    if (first := _FIRST_NUMBER.search(plain)) is None:
+    if (first := _NUMBER.search(plain)) is None:
         return False
+    if (other := _OR_ANOTHER.match(plain, first.end())) and not _equals(other[1], first[0]):
+        return True
     change = CHANGES.match(plain, first.end() + 1)
     denied = _NOT_THE_VALUE.search(plain[: first.start()]) and number(gold) is not None
     found = [tuple(group or "" for group in change.groups())] if change else []
     return bool(denied) or found != [words for words in changes(gold) if len(words) > 1][:1]
+
+
+def _only_denies(plain: str, gold: str) -> bool:
+    """Whether prose has the number `gold` nowhere but where it is not meant: `isn't 5`, and `12:30` for 12."""
+    named = [match for match in _NUMBER.finditer(plain) if _equals(match[0], gold)]
+    return bool(named) and all(
+        _DENIED.search(plain[: match.start()]) or _CLOCK.search(plain, max(0, match.start() - 2), match.end() + 2)
+        for match in named
+    )
+
+
+def _equals(a: str, b: str) -> bool:
+    one, other = (number(text.replace(",", "")) for text in (a, b))
+    return one is not None and other is not None and numbers_agree(one, other)
 
 
 def in_one_form(prediction: Answer, gold: Answer) -> tuple[Answer, Answer]:
