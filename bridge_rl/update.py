@@ -72,12 +72,13 @@ def rows_of_parts(
 
 def trim(inputs: dict[str, Any]) -> dict[str, Any]:
     """A micro-batch of TRL's, [B, columns] each, without the columns in which no row holds a token."""
-    lengths, columns = inputs["prompt_mask"].sum(1).max(), inputs["completion_mask"].shape[1]
-    longest = inputs["completion_mask"].sum(1).max()
+    masks = inputs["prompt_mask"], inputs["completion_mask"]
+    columns = inputs["completion_mask"].shape[1]
+    prompt, longest = torch.stack([mask.sum(1).max() for mask in masks]).tolist()  # a GPU is waited for once
     trimmed = dict(inputs)
     for key, x in inputs.items():
         if key.startswith("prompt_"):
-            trimmed[key] = x[:, x.shape[1] - lengths :]
+            trimmed[key] = x[:, x.shape[1] - prompt :]
         elif isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == columns:
             trimmed[key] = x[:, :longest]
     return trimmed

@@ -52,14 +52,13 @@ class Pages:
         columns = layers[0][0].shape[1]
         self.grow(owner, columns)
         whole = columns // self.columns * self.columns
-        pages = torch.tensor(self.of[owner], device=self.data.device)
+        pages = self.of[owner]
+        filled = torch.tensor(pages[: whole // self.columns], dtype=torch.long, device=self.data.device)
         for layer, tensors in enumerate(layers):
             for part, tensor in enumerate(tensors):
                 target = self.data[layer, part]
                 states = tensor.to(target.dtype)
-                target[pages[: whole // self.columns]] = (
-                    states[:, :whole].unflatten(1, (-1, self.columns)).transpose(0, 1)
-                )
+                target[filled] = states[:, :whole].unflatten(1, (-1, self.columns)).transpose(0, 1)
                 if whole < columns:
                     target[pages[-1], :, : columns - whole] = states[:, whole:]
 
