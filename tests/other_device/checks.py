@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import ALL_FAMILIES, make_bridged
-from simulated_device import DEVICE, NAME, as_the_device, register, waits
+from simulated_device import DEVICE, NAME, as_the_device, register, uploads, waits
 
 import bridge_rl as br
 from bridge_rl.cli import main
@@ -56,8 +56,24 @@ def test_what_the_host_waits_for_is_noted():
         wait()
         assert len(waits) == 1
     waits.clear()
-    there[torch.tensor([0], device=DEVICE)] = there.sum() * 2
+    there[:1] = there.sum() * 2 + torch.arange(1, device=DEVICE)
     assert waits == []
+
+
+def test_what_the_host_copies_to_the_device_is_noted():
+    there = torch.ones(2, device=DEVICE)
+    for upload in (
+        lambda: torch.tensor([1, 2], device=DEVICE),
+        lambda: torch.ones(2).to(DEVICE),
+        lambda: there.copy_(torch.zeros(2)),
+        lambda: there[torch.tensor([0])],
+    ):
+        uploads.clear()
+        upload()
+        assert len(uploads) == 1
+    uploads.clear()
+    there.copy_(there.clone()).mul_(torch.tensor(2.0))
+    assert uploads == []
 
 
 def test_autocast_casts_products():
@@ -85,14 +101,15 @@ def test_a_micro_batch_is_trimmed_with_one_wait():
 
 
 @pytest.fixture
-def no_waiting_steps(monkeypatch):
-    """A decode step in which the host waits for the device is an error."""
+def steps_by_themselves(monkeypatch):
+    """A decode step in which the host waits for the device, or copies to it, is an error."""
     step = Decoder.step
 
     def watched(self, *args):
-        before = len(waits)
+        waits.clear()
+        uploads.clear()
         made = step(self, *args)
-        assert waits[before:] == []
+        assert waits + uploads == []
         return made
 
     monkeypatch.setattr(Decoder, "step", watched)
@@ -100,11 +117,11 @@ def no_waiting_steps(monkeypatch):
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("decoder", [Decoder, FilledDecoder])
-def test_rollouts_draw_what_the_cpu_draws_and_no_step_waits(family, decoder, request, monkeypatch):
+def test_rollouts_draw_what_the_cpu_draws_by_steps_without_the_host(family, decoder, request, monkeypatch):
     monkeypatch.setattr("bridge_rl.rollout.engine.Decoder", decoder)
     model = make_bridged(family)
     if why_not_recorded(model, (9, 0)) is None:
-        request.getfixturevalue("no_waiting_steps")
+        request.getfixturevalue("steps_by_themselves")
     expected = br.generate_groups(model, PROMPTS, 4, PARAMS)
     model.to(DEVICE)
     groups = br.generate_groups(model, PROMPTS, 4, PARAMS, options=br.RolloutOptions(max_rows=17))

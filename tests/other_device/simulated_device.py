@@ -2,8 +2,8 @@
 
 Its tensors say that they are elsewhere and hold their data on the CPU, which computes on them. As on a GPU, an
 operation on tensors of both is an error, but for copies, numbers (no dimension) and indices; what waits for the device
-is noted in `waits`. Autocast casts as on CUDA. What is a GPU's alone does not show: its kernels, its memory,
-`torch.cuda`.
+is noted in `waits`, what copies to it in `uploads`: neither can be recorded in a CUDA graph. Autocast casts as on CUDA.
+What is a GPU's alone does not show: its kernels, its memory, `torch.cuda`.
 
 `register` changes torch for good: only for a process of its own.
 """
@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 NAME = "elsewhere"
 DEVICE = f"{NAME}:0"
 waits: list[str] = []  # the operations for which the host has waited
+uploads: list[str] = []  # those that copied from it
 
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
@@ -112,6 +113,8 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     by_mask = func in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
     if func in WAITING or by_mask or (func in COPIES and not stays):
         waits.append(str(func))
+    if stays and func in COPIES | INDEXING and len(ours) < sum(isinstance(x, torch.Tensor) for x in leaves):
+        uploads.append(str(func))
 
     def data(x: Any) -> Any:
         if isinstance(x, Elsewhere):
@@ -201,6 +204,7 @@ def as_the_device() -> Iterator[None]:
 
 def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """What `copy_` comes to where torch makes a tensor of numbers."""
+    (uploads if isinstance(target, Elsewhere) else waits).append("aten._copy_from.default")
     source, own = (x.there if isinstance(x, Elsewhere) else x for x in (source, target))
     own.copy_(source)
     return target
