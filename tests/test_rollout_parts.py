@@ -14,9 +14,10 @@ from conftest import make_bridged
 from bridge_rl.group import sibling_bias
 from bridge_rl.rollout import budget
 from bridge_rl.rollout.budget import bytes_per_token, free_memory, prompt_page_for
-from bridge_rl.rollout.cache import MASKED, Part, attend_pages, join
+from bridge_rl.rollout.cache import PagedCache
+from bridge_rl.rollout.layout import Layout
 from bridge_rl.rollout.packing import packed_weights
-from bridge_rl.rollout.pages import Pages, PageTable
+from bridge_rl.rollout.pages import Pages
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens, invert_cdf, stream_seed
 
 LIKE = [torch.zeros(1, 2, 1, 4)] * 3  # three layers, two heads of size 4
@@ -51,35 +52,61 @@ def test_pages_keep_what_their_owners_wrote_while_others_come_and_go():
     assert len(kept) < 20, "nobody has left: the test says little"
 
 
-def test_attention_over_pages_is_attention_over_each_owners_columns():
+@pytest.mark.parametrize(
+    ("dtype", "window"), [(torch.float32, None), (torch.float32, 6), (torch.bfloat16, None), (torch.float16, 6)]
+)
+def test_attention_over_pages_is_attention_over_the_prompt_and_the_own_columns(dtype, window):
     torch.manual_seed(0)
-    pages, lengths = Pages(30, 4, LIKE), {7: 9, 3: 4, 12: 1}
-    written = {owner: layers(length) for owner, length in lengths.items()}
-    for owner, tensors in written.items():
-        pages.write(owner, tensors)
-    table = PageTable.of(pages, list(lengths), torch.device("cpu"))
-    q = torch.randn(3, 2, 5, 4)
-    limits = torch.tensor(list(lengths.values()))[table.owner][:, None]
-    bias = torch.where(table.column < limits, 0.0, MASKED)[:, None, None, :]
-    part = attend_pages(q, pages.data[1, :, : pages.used], bias, table)
-    for slot, owner in enumerate(lengths):
-        keys, values = written[owner][1]
-        expected = torch.softmax(q[slot] @ keys.transpose(-1, -2), dim=-1) @ values
-        torch.testing.assert_close(part.mixed[slot] / part.total[slot][..., None], expected, atol=1e-6, rtol=1e-5)
+    like = [x.to(dtype) for x in LIKE]
+    prompts, rows = Pages(30, 4, like), Pages(30, 2, like)
+    of_prompt = {5: layers(9), 2: layers(4)}
+    running = [
+        (7, 5, 5),
+        (3, 5, 5),
+        (9, 5, 5),
+        (4, 2, 1),
+    ]  # number, prompt, own columns: of the second group one is left
+    own = {number: layers(columns) for number, _, columns in running}
+    for owner, written in of_prompt.items():
+        prompts.write(owner, written)
+    for number, written in own.items():
+        rows.write(number, written)
+    cache = PagedCache(rows, prompts)
+    lengths = {place: written[0][0].shape[1] for place, written in of_prompt.items()}
+    running_rows = [SimpleNamespace(number=number, group=place, circle=place) for number, place, _ in running]
+    layout = Layout.of(running_rows, lengths, rows, prompts, torch.device("cpu"))
+    last = torch.tensor([columns - 1 for *_, columns in running])
+    cache.begin_step(layout, last, torch.tensor([rows.of[number][-1] for number, *_ in running]))
+    q = torch.randn(4, 2, 5, 4)
+    attended = cache.attend(q, layer=1, scaling=0.5, window=window)
+    for slot, (number, place, _) in enumerate(running):
+        keys, values = (torch.cat(pair, dim=1) for pair in zip(of_prompt[place][1], own[number][1], strict=True))
+        seen = slice(0 if window is None else max(0, keys.shape[1] - window), None)
+        weights = torch.softmax(0.5 * q[slot] @ keys[:, seen].transpose(-1, -2), dim=-1)
+        tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.02}
+        torch.testing.assert_close(attended[slot], weights @ values[:, seen], **tolerance)
 
 
-def test_two_parts_join_to_one_softmax():
+def test_what_a_step_writes_is_where_its_rows_columns_are():
     torch.manual_seed(0)
-    scores, values = 5 * torch.randn(3, 2, 5, 8), torch.randn(3, 2, 8, 4)
-
-    def part(columns: slice) -> Part:
-        some = scores[..., columns]
-        largest = some.amax(-1)
-        weights = (some - largest[..., None]).exp()
-        return Part(weights @ values[:, :, columns], largest, weights.sum(-1))
-
-    expected = scores.softmax(-1) @ values
-    torch.testing.assert_close(join(part(slice(0, 3)), part(slice(3, 8))), expected, atol=1e-6, rtol=1e-5)
+    rows = Pages(9, 4, LIKE)
+    kept = {number: layers(6) for number in (3, 8)}
+    for number, written in kept.items():
+        rows.write(number, written)
+        rows.grow(number, 9)
+    cache = PagedCache(rows, rows)
+    columns = torch.tensor([6, 8])
+    cache.begin_step(None, columns, torch.tensor([rows.of[3][1], rows.of[8][2]]))
+    keys, values = torch.randn(2, 2, 1, 4), torch.randn(2, 1, 2, 4).transpose(1, 2)
+    cache.update(keys, values, 1)
+    for slot, (number, column) in enumerate(zip(kept, columns, strict=True)):
+        for part, new in enumerate((keys, values)):
+            before = [torch.zeros(2, 9, 4) for _ in LIKE]
+            for layer, written in enumerate(kept[number]):
+                before[layer][:, :6] = written[part]
+            before[1][:, column] = new[slot, :, 0]
+            found = [layer[part] for layer in contents(rows, number, 9)]
+            torch.testing.assert_close(found, before, rtol=0, atol=0)
 
 
 def test_siblings_are_the_living_rows_of_a_group():

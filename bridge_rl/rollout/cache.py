@@ -1,38 +1,17 @@
 """The key-value cache of rows that come and go: a prompt is held once a group, and nothing is held beyond a page.
 
-Shapes: R rows running, G their groups, M pages in use, C columns of a page, H key-value heads, Q query heads of each,
-K head size, N rows of the widest group, S owners of pages (rows or groups).
+Shapes: R rows running, N rows of the widest group, M pages in use and C columns of a page, of the rows' or the
+prompts', H key-value heads, Q query heads of each, K head size.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from bridge_rl.rollout.pages import Pages, PageTable
-
-MASKED = -1e30  # finite, so that a page of which nothing is seen gives no NaN
-
-
-@dataclass
-class Layout:
-    """Which rows run in a step, and how they share prompts. It changes when rows come, go, or need a page.
-
-    group_of_row: int64 [R], slot of its group; circle_of_row: int64 [R], equal for rows that hear each other;
-    rows_of_group: int64 [G, N], those that are left, padded with the first; place_of_row: int64 [R], where it stands in
-    `rows_of_group`, flattened; prompt_lengths: int64 [G].
-    """
-
-    group_of_row: Tensor
-    circle_of_row: Tensor
-    place_of_row: Tensor
-    rows_of_group: Tensor
-    prompt_lengths: Tensor
-    rows: PageTable
-    prompts: PageTable
+from bridge_rl.rollout.layout import Layout
+from bridge_rl.rollout.pages import Pages
 
 
 class PrefillCache(DynamicCache):
@@ -60,17 +39,17 @@ class PagedCache(Cache):
 
     def begin_step(self, layout: Layout, columns: Tensor, pages: Tensor) -> None:
         """`columns`: int64 [R], the own column that each row writes in this step; `pages`: the page that it is in."""
-        self.layout, self.columns, self.pages = layout, columns, pages
-        self.offsets = columns % self.rows.columns
+        self.layout, self.columns = layout, columns
+        self.cells = self.rows.cells_at(pages, columns % self.rows.columns)
         self.biases: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention with this step's [R, H, 1, K]: written down, and returned as they are."""
-        data = self.rows.data[layer_idx]
-        states = [x[:, :, 0].to(data.dtype) for x in (keys, values)]
-        data[:, self.pages, :, self.offsets] = torch.stack(states, dim=1)
+        cells = self.rows.data[layer_idx].flatten(0, -2)
+        states = torch.cat([x.reshape(-1, x.shape[-1]) for x in (keys, values)])
+        cells.index_copy_(0, self.cells, states.to(cells.dtype))
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -78,7 +57,7 @@ class PagedCache(Cache):
         return 1
 
     def bias(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """What is seen of the rows' pages and of the prompts', [M, 1, 1, C] each; `window`: the latest so many."""
+        """What is seen of the rows' pages and of the prompts', [M*H, 1, C] each; `window`: the latest so many."""
         if window not in self.biases:
             layout = self.layout
             last = self.columns[layout.rows.owner][:, None]
@@ -90,67 +69,51 @@ class PagedCache(Cache):
                 seen &= row_columns > last - window
                 group_last = self.columns[layout.rows_of_group[:, 0]][layout.prompts.owner][:, None]
                 prompt_seen &= layout.prompts.column > lengths + group_last - window
-            self.biases[window] = (_as_bias(seen), _as_bias(prompt_seen))
+            self.biases[window] = (self._as_bias(seen), self._as_bias(prompt_seen))
         return self.biases[window]
 
-    def attend(self, q: Tensor, layer: int, window: int | None) -> Tensor:
-        """Scaled queries [R, H, Q, K] -> what each row sees of its prompt and of itself, [R, H, Q, K]."""
+    def _as_bias(self, seen: Tensor) -> Tensor:
+        """bool [M, C] -> [M*H, 1, C]."""
+        data = self.rows.data
+        bias = torch.zeros(seen.shape, dtype=data.dtype, device=data.device)
+        # Finite with any score added, so that a row that only fills up a step, which sees nothing, has no NaN.
+        bias.masked_fill_(~seen, torch.finfo(data.dtype).min / 2)
+        return bias[:, None].expand(-1, self.rows.num_heads, -1).flatten(0, 1)[:, None]
+
+    def asked(self, q: Tensor) -> Iterator[Tensor]:
+        """Queries [R, H, Q, K] as they ask the rows' pages, [M*H, Q, K], and the prompts', [M*H, N*Q, K].
+
+        One after the other, since they are as large as what they ask for.
+        """
         layout = self.layout
-        row_bias, prompt_bias = self.bias(window)
-        own = attend_pages(q, self.rows.data[layer, :, : len(layout.rows.owner)], row_bias, layout.rows)
-        # All rows of a group ask the same pages: one product for them.
-        groups, width = layout.rows_of_group.shape
-        asked = q.index_select(0, layout.rows_of_group.flatten()).unflatten(0, (groups, width))
-        together = asked.transpose(1, 2).flatten(2, 3)  # [G, H, N*Q, K]
-        shared = attend_pages(
-            together, self.prompts.data[layer, :, : len(layout.prompts.owner)], prompt_bias, layout.prompts
-        )
-        by_row = (x.unflatten(2, (width, -1)).transpose(1, 2).flatten(0, 1) for x in shared)  # [G*N, H, Q, ...]
-        return join(own, Part(*(x.index_select(0, layout.place_of_row) for x in by_row))).to(q.dtype)
+        yield q.index_select(0, layout.rows.owner).flatten(0, 1)
+        of_groups = q.flatten(0, 1).index_select(0, layout.parts.asking)
+        yield of_groups.unflatten(0, (-1, layout.rows_of_group.shape[1])).flatten(1, 2)
 
+    def attend(self, query: Tensor, layer: int, scaling: float, window: int | None) -> Tensor:
+        """Queries [R, H, Q, K] -> what each row sees of its prompt and of itself, [R, H, Q, K].
 
-class Part(NamedTuple):
-    """Attention over some of the columns: what is left to do is to divide by the sum of the weights of all.
+        One softmax over all parts (`layout.Parts`), in as few operations as there are kinds of work: of few rows, and
+        on CUDA, a step costs what its operations cost to start.
+        """
+        layout, parts, (*_, num_queries, head_size) = self.layout, self.layout.parts, query.shape
+        q = query.to(self.rows.data.dtype)
+        stored = (self.rows.heads(layer, len(layout.rows.owner)), self.prompts.heads(layer, len(layout.prompts.owner)))
 
-    mixed: sum of weighted values [S, H, Q, K]; largest: score, which the weights are relative to, [S, H, Q]; total: sum
-    of weights [S, H, Q]. All fp32.
-    """
+        scores = [
+            torch.baddbmm(bias, x, keys.transpose(1, 2), alpha=scaling).float().view(-1, num_queries, keys.shape[1])
+            for x, (keys, _), bias in zip(self.asked(q), stored, self.bias(window), strict=True)
+        ]
+        num_parts = list(map(len, scores))
+        largest = parts.largest(torch.cat([x.amax(-1) for x in scores]))[..., None]
+        weights = [x.sub_(most).exp_() for x, most in zip(scores, largest.split(num_parts), strict=True)]
+        total = parts.sum(torch.cat([x.sum(-1) for x in weights]))
 
-    mixed: Tensor
-    largest: Tensor
-    total: Tensor
-
-
-def attend_pages(q: Tensor, data: Tensor, bias: Tensor, table: PageTable) -> Part:
-    """Attention of each owner's queries over its own pages.
-
-    `q` [S, H, Q, K] scaled, of S owners; `data` keys and values [2, M, H, C, K]; `bias` [M, 1, 1, C], 0 or MASKED.
-    """
-    keys, values = data
-    scores = (q.index_select(0, table.owner) @ keys.transpose(-1, -2)).float().add_(bias)  # [M, H, Q, C]
-    index = table.owner[:, None, None].expand(scores.shape[:3])
-    largest = scores.new_full(q.shape[:3], MASKED).scatter_reduce_(0, index, scores.amax(-1), "amax")
-    weights = scores.sub_(largest.index_select(0, table.owner)[..., None]).exp_()
-    mixed = (weights.to(values.dtype) @ values).float()
-    return Part(_sum_by_owner(mixed, table, len(q)), largest, _sum_by_owner(weights.sum(-1), table, len(q)))
-
-
-def _sum_by_owner(x: Tensor, table: PageTable, num_owners: int) -> Tensor:
-    """[M, ...] -> [S, ...]. Not `index_add_`, which on CUDA adds in an order that changes from run to run."""
-    return F.embedding_bag(table.order, x.flatten(1), table.starts, mode="sum").view(num_owners, *x.shape[1:])
-
-
-def _as_bias(seen: Tensor) -> Tensor:
-    bias = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill_(~seen, MASKED)
-    return bias[:, None, None, :]
-
-
-def join(first: Part, second: Part) -> Tensor:
-    """One softmax over two disjoint sets of columns, [S, H, Q, K]."""
-    largest = torch.maximum(first.largest, second.largest)
-    scale_1, scale_2 = (first.largest - largest).exp_(), (second.largest - largest).exp_()
-    total = first.total * scale_1 + second.total * scale_2
-    return first.mixed * (scale_1 / total)[..., None] + second.mixed * (scale_2 / total)[..., None]
+        mixed = q.new_empty(sum(num_parts), num_queries, head_size)
+        for out, weight, (_, values) in zip(mixed.split(num_parts), weights, stored, strict=True):
+            by_page = (len(values), -1)
+            torch.bmm(weight.view(*by_page, values.shape[1]).to(q.dtype), values, out=out.view(*by_page, head_size))
+        return (parts.sum(mixed.float()) / total[..., None]).view(query.shape).to(query.dtype)
 
 
 def lockstep_attention(
@@ -165,5 +128,5 @@ def lockstep_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """A transformers attention function for one step: `query` [R, H*Q, 1, K] -> [R, 1, H*Q, K]."""
-    grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1)) * scaling
-    return rollout_cache.attend(grouped, module.layer_idx, sliding_window).flatten(1, 2)[:, None], None
+    grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))
+    return rollout_cache.attend(grouped, module.layer_idx, scaling, sliding_window).flatten(1, 2)[:, None], None

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from bridge_rl.group import sibling_bias
-from bridge_rl.rollout.cache import Layout, PagedCache, lockstep_attention
+from bridge_rl.rollout.cache import PagedCache, lockstep_attention
 from bridge_rl.rollout.ending import Ending
-from bridge_rl.rollout.pages import PageTable
+from bridge_rl.rollout.layout import Layout
 from bridge_rl.rollout.request import Row
 from bridge_rl.rollout.sampling import SamplingParams, draw_tokens
 from bridge_rl.surgery import find_state, has_bridge
@@ -125,28 +125,6 @@ def next_uniforms(row: Row, steps: int) -> np.ndarray:
     """The next draws of a row; beyond its last one, any number."""
     draws = row.uniforms[len(row.tokens) : len(row.tokens) + steps]
     return np.pad(draws, (0, steps - len(draws)))
-
-
-def make_layout(rows: Sequence[Row], prompt_lengths: Sequence[int], cache: PagedCache, device: torch.device) -> Layout:
-    """The rows that run, as the attention takes them. `prompt_lengths`: by place of the prompt."""
-    places = list(dict.fromkeys(row.group for row in rows))
-    slot_of_group = {place: slot for slot, place in enumerate(places)}
-    members: list[list[int]] = [[] for _ in places]  # slots of each group's rows
-    places_in_group = []
-    for slot, row in enumerate(rows):
-        group = slot_of_group[row.group]
-        places_in_group.append((group, len(members[group])))
-        members[group].append(slot)
-    widest = max(map(len, members))
-    return Layout(
-        group_of_row=torch.tensor([group for group, _ in places_in_group], device=device),
-        circle_of_row=torch.tensor([row.circle for row in rows], device=device),
-        place_of_row=torch.tensor([group * widest + n for group, n in places_in_group], device=device),
-        rows_of_group=torch.tensor([slots + slots[:1] * (widest - len(slots)) for slots in members], device=device),
-        prompt_lengths=torch.tensor([prompt_lengths[place] for place in places], device=device),
-        rows=PageTable.of(cache.rows, [row.number for row in rows], device),
-        prompts=PageTable.of(cache.prompts, places, device),
-    )
 
 
 @contextmanager

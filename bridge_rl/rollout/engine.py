@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bridge_rl.errors import UserError
 from bridge_rl.group import pad_left
 from bridge_rl.rollout.budget import CacheBudget
-from bridge_rl.rollout.cache import Layout, PagedCache, PrefillCache
-from bridge_rl.rollout.decode import Decoder, make_layout, sampling_mode, siblings
+from bridge_rl.rollout.cache import PagedCache, PrefillCache
+from bridge_rl.rollout.decode import Decoder, sampling_mode, siblings
 from bridge_rl.rollout.ending import Ending
 from bridge_rl.rollout.graphs import FilledDecoder, GraphDecoder, spare_pages, why_not_recorded
+from bridge_rl.rollout.layout import Layout
 from bridge_rl.rollout.packing import packed_weights
 from bridge_rl.rollout.ranks import Ranks
 from bridge_rl.rollout.request import Group, RolloutOptions, RolloutStats, Row, make_blocks, make_rows
@@ -280,7 +281,9 @@ class Rollout:
         pages = self.reserve(self.steps_per_visit)
         assert self.cache is not None
         if self.layout is None:
-            self.layout = make_layout(self.running, self.prompt_lengths, self.cache, self.model.device)
+            self.layout = Layout.of(
+                self.running, self.prompt_lengths, self.cache.rows, self.cache.prompts, self.model.device
+            )
         drawn = [len(row.tokens) for row in self.running]
         self.decoder.run(self.running, self.layout, self.cache, pages)
         self.stats.forwards += len(pages)

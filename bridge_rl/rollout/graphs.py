@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bridge_rl.rollout.cache import Layout, PagedCache
+from bridge_rl.rollout.cache import PagedCache
 from bridge_rl.rollout.decode import Decoder, Inputs
+from bridge_rl.rollout.layout import Layout, Parts
 from bridge_rl.rollout.pages import PageTable
 from bridge_rl.rollout.request import Row, ropes
 
@@ -42,6 +43,7 @@ class Sizes:
     groups: int
     row_pages: int
     prompt_pages: int
+    heads: int
 
     @classmethod
     def of(cls, layout: Layout, cache: PagedCache) -> "Sizes":
@@ -54,34 +56,33 @@ class Sizes:
             groups=rounded(groups + 1),
             row_pages=min(rounded(row_pages), cache.rows.num_pages + cache.rows.spare),
             prompt_pages=min(rounded(len(layout.prompts.owner)), cache.prompts.num_pages),
+            heads=cache.rows.num_heads,
         )
 
 
 def fill_layout(layout: Layout, sizes: Sizes) -> Layout:
     """The same layout at those sizes: the rows that fill up are one group, without a prompt."""
     rows, groups = len(layout.group_of_row), len(layout.prompt_lengths)
+    tables = {
+        "rows": _fill_table(layout.rows, rows, sizes.rows, sizes.row_pages),
+        "prompts": _fill_table(layout.prompts, groups, sizes.groups, sizes.prompt_pages),
+        "rows_of_group": F.pad(layout.rows_of_group, (0, 0, 0, sizes.groups - groups), value=rows),
+    }
     return Layout(
         group_of_row=_filled(layout.group_of_row, sizes.rows, sizes.groups - 1),
         circle_of_row=_filled(layout.circle_of_row, sizes.rows, -1),
-        place_of_row=_filled(layout.place_of_row, sizes.rows, (sizes.groups - 1) * layout.rows_of_group.shape[1]),
-        rows_of_group=F.pad(layout.rows_of_group, (0, 0, 0, sizes.groups - groups), value=rows),
         prompt_lengths=_filled(layout.prompt_lengths, sizes.groups, 0),
-        rows=_fill_table(layout.rows, rows, sizes.rows, sizes.row_pages),
-        prompts=_fill_table(layout.prompts, groups, sizes.groups, sizes.prompt_pages),
+        **tables,
+        parts=Parts.of(**tables, num_rows=sizes.rows, num_heads=sizes.heads),
     )
 
 
 def _fill_table(table: PageTable, owners: int, num_owners: int, num_pages: int) -> PageTable:
     """Each owner that fills up gets one of the pages that fill up, as far as they go, and the last one the rest."""
-    used = len(table.owner)
-    new = torch.arange(num_pages - used, device=table.owner.device)
+    new = torch.arange(num_pages - len(table.owner), device=table.owner.device)
     return PageTable(
         owner=torch.cat([table.owner, (owners + new).clamp(max=num_owners - 1)]),
         column=F.pad(table.column, (0, 0, 0, len(new)), value=NEVER),
-        order=torch.cat([table.order, used + new]),
-        starts=torch.cat(
-            [table.starts, (used + torch.arange(num_owners - owners, device=new.device)).clamp(max=num_pages)]
-        ),
     )
 
 

@@ -23,8 +23,8 @@ class Pages:
         `spare`: pages at the end that have no owner, for rows that only fill up a step (`graphs`).
         """
         self.columns, self.num_pages, self.spare = columns, num_pages, spare
-        _, heads, _, head_dim = like[0].shape
-        shape = (len(like), 2, num_pages + spare, heads, columns, head_dim)
+        _, self.num_heads, _, head_dim = like[0].shape
+        shape = (len(like), 2, num_pages + spare, self.num_heads, columns, head_dim)
         self.data = _zeros(shape, like[0])  # of each layer keys, then values
         self.used = 0
         self.owner = np.zeros(num_pages, dtype=np.int64)
@@ -46,6 +46,17 @@ class Pages:
     def missing(self, owner: int, columns: int) -> int:
         """How many pages `owner` lacks for `columns`."""
         return max(0, pages_for(columns, self.columns) - len(self.of.get(owner, ())))
+
+    def heads(self, layer: int, num_pages: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first pages in a layer, [M*H, C, K] each."""
+        keys, values = self.data[layer, :, :num_pages].flatten(1, 2)
+        return keys, values
+
+    def cells_at(self, pages: Tensor, columns: Tensor) -> Tensor:
+        """Where [2, R, H] keys and values go, those of row r at `columns[r]` of `pages[r]`: places in [2, M, H, C]."""
+        heads = torch.arange(self.num_heads, device=pages.device)
+        keys = (pages[:, None] * self.num_heads + heads) * self.columns + columns[:, None]
+        return torch.stack([keys, keys + self.data[0, 0, ..., 0].numel()]).flatten()
 
     def write(self, owner: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Fill the pages of a new owner with keys and values [H, T, K] of each layer."""
@@ -95,16 +106,13 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PageTable:
-    """The pages in use for one step: whose they are, and in which order to add up their parts.
+    """The pages in use for one step, and whose they are.
 
     owner: int64 [M], slot of each page's owner; column: int64 [M, C], of each of a page's columns among its owner's.
-    order: int64 [M], pages by owner; starts: int64 [owners], where in `order` an owner's begin.
     """
 
     owner: Tensor
     column: Tensor
-    order: Tensor
-    starts: Tensor
 
     @classmethod
     def of(cls, pages: Pages, owners: Sequence[int], device: torch.device) -> "PageTable":
@@ -113,6 +121,4 @@ class PageTable:
         slot_of_owner[list(owners)] = np.arange(len(owners))
         slots = slot_of_owner[pages.owner[: pages.used]]
         columns = pages.place[: pages.used, None] * pages.columns + np.arange(pages.columns)
-        order = np.argsort(slots, kind="stable")
-        starts = np.searchsorted(slots[order], np.arange(len(owners)))
-        return cls(*(torch.from_numpy(x).to(device) for x in (slots, columns, order, starts)))
+        return cls(torch.from_numpy(slots).to(device), torch.from_numpy(columns).to(device))
