@@ -30,7 +30,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK
 
 from bridge_rl.config import Recipe, RolloutSection
 from bridge_rl.memory_shapes import FP32, QUANTIZED, Device, Layer, Parameters, Part, Sampled
-from bridge_rl.rollout.budget import LONG, LONG_ROW_PAGE, ROW_PAGE, prompt_page_for
+from bridge_rl.rollout.budget import prompt_page_for, row_page_for
 from bridge_rl.rollout.packing import LEAST_ELEMENTS
 from bridge_rl.rollout.pages import pages_for
 from bridge_rl.rollout.request import RolloutOptions
@@ -258,7 +258,7 @@ def sampling(
 ) -> Iterator[Moment]:
     """What sampling adds to what is held always, at the moments that may be its peak."""
     per_token = 2 * device.compute * layer.count * layer.H * layer.K
-    page = LONG_ROW_PAGE if sampled.limit > LONG else ROW_PAGE
+    page = row_page_for(sampled.limit)
     prompt_page = prompt_page_for([sampled.prompt])
     visit = 8 if device.gpu else 1  # steps between two looks of the scheduler
     row_pages = sampled.rows * (pages_for(sampled.limit + visit, page) + 1)

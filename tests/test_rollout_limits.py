@@ -88,7 +88,7 @@ def test_out_of_memory_shrinks_the_rollout_and_changes_no_token(model, expected,
     [
         "engine.pad_left",
         "engine.draw_tokens",
-        "engine.make_layout",
+        "layout.Layout.of",
         "engine.Rollout.let_go",
         "budget.CacheBudget.make_cache",
         "pages.Pages.write",

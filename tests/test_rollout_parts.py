@@ -13,7 +13,7 @@ from conftest import make_bridged
 
 from bridge_rl.group import sibling_bias
 from bridge_rl.rollout import budget
-from bridge_rl.rollout.budget import bytes_per_token, free_memory, prompt_page_for
+from bridge_rl.rollout.budget import bytes_per_token, free_memory, prompt_page_for, row_page_for
 from bridge_rl.rollout.cache import PagedCache
 from bridge_rl.rollout.layout import Layout
 from bridge_rl.rollout.packing import packed_weights
@@ -168,6 +168,13 @@ def test_every_use_of_a_seed_has_a_stream_of_its_own():
 @pytest.mark.parametrize(("lengths", "page"), [([128, 256], 128), ([60, 64], 64), ([96, 96, 64], 32), ([130], 8)])
 def test_prompts_have_the_largest_pages_that_pad_them_little(lengths, page):
     assert prompt_page_for(lengths) == page
+
+
+@pytest.mark.parametrize(
+    ("limit", "page"), [(0, 8), (16, 8), (256, 8), (511, 8), (512, 16), (1024, 32), (2048, 64), (32768, 64)]
+)
+def test_rows_that_may_be_long_have_larger_pages(limit, page):
+    assert row_page_for(limit) == page
 
 
 def test_the_default_cache_is_what_fits_into_this_ranks_share_of_the_free_memory(monkeypatch):

@@ -14,7 +14,7 @@ from bridge_rl.rollout.pages import Pages, pages_for
 from bridge_rl.rollout.request import RolloutOptions, Row
 
 # Half a page is unused on average. Long rows can afford larger ones, which are fewer to add up.
-ROW_PAGE, LONG_ROW_PAGE, LONG = 8, 64, 2048
+LEAST_ROW_PAGE, LARGEST_ROW_PAGE, PAGES_TO_LIMIT = 8, 64, 32
 PROMPT_PAGES, PROMPT_PADDING = (128, 64, 32), 1.05
 # Share of free memory for the cache; the rest is for activations. On CPU other programs live there too.
 CUDA_SHARE, CPU_SHARE = 0.8, 0.5
@@ -48,7 +48,7 @@ class CacheBudget:
         `blocks`: places of groups that run together. Raises ValueError if that is less than one of them needs.
         """
         limits = sorted((row.limit for group in groups for row in group), reverse=True)
-        row_page = LONG_ROW_PAGE if limits and limits[0] > LONG else ROW_PAGE
+        row_page = row_page_for(limits[0] if limits else 0)
         prompt_page = prompt_page_for(prompt_lengths)
         needs = [sum(pages_for(row.limit + visit, row_page) for row in group) for group in groups]
         prompts = [pages_for(length, prompt_page) for length in prompt_lengths]
@@ -112,12 +112,18 @@ class CacheBudget:
         )
 
 
+def row_page_for(limit: int) -> int:
+    """Columns of a page of rows that have at most `limit`: a power of two."""
+    columns = max(LEAST_ROW_PAGE, limit // PAGES_TO_LIMIT)
+    return min(LARGEST_ROW_PAGE, 1 << (columns.bit_length() - 1))
+
+
 def prompt_page_for(lengths: Sequence[int]) -> int:
     """The largest page that pads the prompts by no more than PROMPT_PADDING."""
     for page in PROMPT_PAGES:
         if sum(pages_for(length, page) * page for length in lengths) <= PROMPT_PADDING * sum(lengths):
             return page
-    return ROW_PAGE
+    return LEAST_ROW_PAGE
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
