@@ -13,8 +13,9 @@ from bridge_rl.rollout.cache import PagedCache
 from bridge_rl.rollout.pages import Pages, pages_for
 from bridge_rl.rollout.request import RolloutOptions, Row
 
-# Half a page is unused on average. Long rows can afford larger ones, which are fewer to add up.
-LEAST_ROW_PAGE, LARGEST_ROW_PAGE, PAGES_TO_LIMIT = 8, 64, 32
+# Half a page is unused on average. Rows that may be long can afford larger ones, which are fewer to add up: at least
+# LEAST_PAGES of them hold a row at its limit.
+LEAST_ROW_PAGE, LARGEST_ROW_PAGE, LEAST_PAGES = 8, 64, 32
 PROMPT_PAGES, PROMPT_PADDING = (128, 64, 32), 1.05
 # Share of free memory for the cache; the rest is for activations. On CPU other programs live there too.
 CUDA_SHARE, CPU_SHARE = 0.8, 0.5
@@ -114,7 +115,7 @@ class CacheBudget:
 
 def row_page_for(limit: int) -> int:
     """Columns of a page of rows that have at most `limit`: a power of two."""
-    columns = max(LEAST_ROW_PAGE, limit // PAGES_TO_LIMIT)
+    columns = max(LEAST_ROW_PAGE, limit // LEAST_PAGES)
     return min(LARGEST_ROW_PAGE, 1 << (columns.bit_length() - 1))
 
 

@@ -40,7 +40,7 @@ class PagedCache(Cache):
     def begin_step(self, layout: Layout, columns: Tensor, pages: Tensor) -> None:
         """`columns`: int64 [R], the own column that each row writes in this step; `pages`: the page that it is in."""
         self.layout, self.columns = layout, columns
-        self.cells = self.rows.cells_at(pages, columns % self.rows.columns)
+        self.cells = self.rows.cells_at(pages, columns)
         self.biases: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def update(

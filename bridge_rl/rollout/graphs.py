@@ -7,7 +7,7 @@ Shapes: R rows running, G groups, M pages in use, each rounded up.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from bridge_rl.rollout.cache import PagedCache
 from bridge_rl.rollout.decode import Decoder, Inputs
-from bridge_rl.rollout.layout import Layout, Parts
+from bridge_rl.rollout.layout import Layout
 from bridge_rl.rollout.pages import PageTable
 from bridge_rl.rollout.request import Row, ropes
 
@@ -43,7 +43,6 @@ class Sizes:
     groups: int
     row_pages: int
     prompt_pages: int
-    heads: int
 
     @classmethod
     def of(cls, layout: Layout, cache: PagedCache) -> "Sizes":
@@ -56,24 +55,20 @@ class Sizes:
             groups=rounded(groups + 1),
             row_pages=min(rounded(row_pages), cache.rows.num_pages + cache.rows.spare),
             prompt_pages=min(rounded(len(layout.prompts.owner)), cache.prompts.num_pages),
-            heads=cache.rows.num_heads,
         )
 
 
 def fill_layout(layout: Layout, sizes: Sizes) -> Layout:
     """The same layout at those sizes: the rows that fill up are one group, without a prompt."""
     rows, groups = len(layout.group_of_row), len(layout.prompt_lengths)
-    tables = {
-        "rows": _fill_table(layout.rows, rows, sizes.rows, sizes.row_pages),
-        "prompts": _fill_table(layout.prompts, groups, sizes.groups, sizes.prompt_pages),
-        "rows_of_group": F.pad(layout.rows_of_group, (0, 0, 0, sizes.groups - groups), value=rows),
-    }
     return Layout(
         group_of_row=_filled(layout.group_of_row, sizes.rows, sizes.groups - 1),
         circle_of_row=_filled(layout.circle_of_row, sizes.rows, -1),
+        rows_of_group=F.pad(layout.rows_of_group, (0, 0, 0, sizes.groups - groups), value=rows),
         prompt_lengths=_filled(layout.prompt_lengths, sizes.groups, 0),
-        **tables,
-        parts=Parts.of(**tables, num_rows=sizes.rows, num_heads=sizes.heads),
+        rows=_fill_table(layout.rows, rows, sizes.rows, sizes.row_pages),
+        prompts=_fill_table(layout.prompts, groups, sizes.groups, sizes.prompt_pages),
+        num_heads=layout.num_heads,
     )
 
 
@@ -204,5 +199,5 @@ def copy_tensors(source: Any, target: Any) -> None:
     for name, x in vars(source).items():
         if isinstance(x, Tensor):
             getattr(target, name).copy_(x)
-        else:
+        elif is_dataclass(x):
             copy_tensors(x, getattr(target, name))

@@ -5,7 +5,7 @@ heads.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class Parts:
         heads = torch.arange(num_heads, device=rows.owner.device)
         members = rows_of_group[prompts.owner]  # [M, N]
         asking = members[:, None] * num_heads + heads[:, None]  # [M, H, N]
-        twice = (members == members[:, :1]).index_fill_(1, torch.zeros_like(heads[:1]), False)[:, None]
+        twice = F.pad(members[:, 1:] == members[:, :1], (1, 0))[:, None]
         nobody = num_rows * num_heads
         own = rows.owner[:, None] * num_heads + heads
         owner = torch.cat([own.flatten(), asking.masked_fill(twice, nobody).flatten()])
@@ -62,7 +62,7 @@ class Layout:
     """It changes when rows come, go, or need a page.
 
     group_of_row: int64 [R], slot of its group; circle_of_row: int64 [R], equal for rows that hear each other;
-    rows_of_group: int64 [G, N], those that are left, padded with the first; prompt_lengths: int64 [G].
+    rows_of_group: int64 [G, N], those that are left, padded with the first; prompt_lengths: int64 [G]; num_heads: H.
     """
 
     group_of_row: Tensor
@@ -71,7 +71,11 @@ class Layout:
     prompt_lengths: Tensor
     rows: PageTable
     prompts: PageTable
-    parts: Parts
+    num_heads: int
+    parts: Parts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = Parts.of(self.rows, self.prompts, self.rows_of_group, len(self.group_of_row), self.num_heads)
 
     @classmethod
     def of(
@@ -89,16 +93,12 @@ class Layout:
         for slot, row in enumerate(running):
             members[slot_of_group[row.group]].append(slot)
         widest = max(map(len, members))
-        rows_of_group = [slots + slots[:1] * (widest - len(slots)) for slots in members]
-        base = {
-            "rows_of_group": torch.tensor(rows_of_group, device=device),
-            "rows": PageTable.of(rows, [row.number for row in running], device),
-            "prompts": PageTable.of(prompts, places, device),
-        }
         return cls(
             group_of_row=torch.tensor([slot_of_group[row.group] for row in running], device=device),
             circle_of_row=torch.tensor([row.circle for row in running], device=device),
+            rows_of_group=torch.tensor([slots + slots[:1] * (widest - len(slots)) for slots in members], device=device),
             prompt_lengths=torch.tensor([prompt_lengths[place] for place in places], device=device),
-            **base,
-            parts=Parts.of(**base, num_rows=len(running), num_heads=rows.num_heads),
+            rows=PageTable.of(rows, [row.number for row in running], device),
+            prompts=PageTable.of(prompts, places, device),
+            num_heads=rows.num_heads,
         )

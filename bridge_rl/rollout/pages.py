@@ -53,9 +53,12 @@ class Pages:
         return keys, values
 
     def cells_at(self, pages: Tensor, columns: Tensor) -> Tensor:
-        """Where [2, R, H] keys and values go, those of row r at `columns[r]` of `pages[r]`: places in [2, M, H, C]."""
+        """Where [2, R, H] keys and values go, as places in [2, M, H, C].
+
+        Those of row r go into `pages[r]`, for its column `columns[r]`.
+        """
         heads = torch.arange(self.num_heads, device=pages.device)
-        keys = (pages[:, None] * self.num_heads + heads) * self.columns + columns[:, None]
+        keys = (pages[:, None] * self.num_heads + heads) * self.columns + columns[:, None] % self.columns
         return torch.stack([keys, keys + self.data[0, 0, ..., 0].numel()]).flatten()
 
     def write(self, owner: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
